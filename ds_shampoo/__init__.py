@@ -1,0 +1,7 @@
+"""Distributed Shampoo for DeepSpeed: `import ds_shampoo`, then `"optimizer": {"type": "Shampoo"}` in the JSON."""
+
+from ds_shampoo.config import SettingsError, ShampooConfig
+from ds_shampoo.optimizer import Shampoo
+
+__version__ = "0.1.0"
+__all__ = ["SettingsError", "Shampoo", "ShampooConfig"]

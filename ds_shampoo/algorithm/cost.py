@@ -1,0 +1,35 @@
+"""What a block costs in flops and bytes: one set of formulas for the owners' balance, reports and benchmarks."""
+
+from __future__ import annotations
+
+from ds_shampoo.algorithm.blocks import Block
+
+FP32_BYTES = 4
+
+# fp64 eigh with reconstruction, in flops per n^3: 28.9 ms at n = 512 on a core that does 84 GF/s of dgemm.
+ROOT_FLOPS_PER_CUBE = 18.0
+
+
+def statistics_flops(block: Block) -> float:
+    """One update of every Kronecker factor, counted as full products G Gᵀ."""
+    return sum(2.0 * block.numel * dim for dim in block.factor_dims)
+
+
+def direction_flops(block: Block) -> float:
+    """One multiplication by every inverse root."""
+    return sum(2.0 * block.numel * dim for dim in block.factor_dims)
+
+
+def root_flops(block: Block) -> float:
+    """One fp64 inverse root of every factor."""
+    return sum(ROOT_FLOPS_PER_CUBE * dim**3 for dim in block.factor_dims)
+
+
+def step_flops(block: Block, statistics_interval: int, root_interval: int) -> float:
+    """The mean work of one step, which is what ownership balances."""
+    return statistics_flops(block) / statistics_interval + direction_flops(block) + root_flops(block) / root_interval
+
+
+def state_bytes(block: Block) -> int:
+    """Factors and inverse roots at the owner, both fp32."""
+    return 2 * FP32_BYTES * sum(dim**2 for dim in block.factor_dims)

@@ -1,0 +1,106 @@
+"""Preconditioners: one stack of equal-shaped blocks at their owner, its state, and what it does to a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.statistics import accumulate, bias_correction, symmetric
+
+
+class Preconditioner(Protocol):
+    """What a stack of `n` equal-shaped blocks must offer. Slot i of every tensor belongs to `blocks[i]`."""
+
+    blocks: tuple[Block, ...]
+    ready: list[bool]
+
+    def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
+        """Folds block gradients [n, *shape] into the statistics of `slots`."""
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """The directions [n, *shape] for vectors of that shape; those of slots that aren't ready mean nothing."""
+
+    def block_state(self, slot: int) -> dict[str, Any]:
+        """Plain tensors and numbers from which `load_block_state` restores the slot bit for bit."""
+
+    def load_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
+        """Takes back what `block_state` gave."""
+
+
+class ShampooPreconditioner:
+    """Shampoo's: a Kronecker factor and an inverse root per preconditioned dimension, all stacks [n, d, d] fp32.
+
+    Attributes:
+        factors, roots: one tensor per preconditioned dimension, in the order of `Block.preconditioned`.
+        updates: how often each slot's statistics were updated.
+        ready: whether each slot's roots are all in force.
+    """
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
+        self.blocks = tuple(blocks)
+        count, dims = len(blocks), blocks[0].factor_dims
+        self.factors = [torch.zeros(count, dim, dim, device=device) for dim in dims]
+        self.roots = [torch.zeros(count, dim, dim, device=device) for dim in dims]
+        self.updates = [0] * count
+        self.ready = [False] * count
+
+    def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
+        """L <- b L + w G Gᵀ along every preconditioned dimension (paper, Algorithm 1)."""
+        if not slots:
+            return
+        for slot in slots:
+            self.updates[slot] += 1
+        for factor, dim in zip(self.factors, self.blocks[0].preconditioned, strict=True):
+            if len(slots) == len(self.blocks):
+                accumulate(factor, grads, dim, beta)
+            else:
+                chosen = torch.tensor(slots, device=factor.device)
+                part = factor[chosen]
+                accumulate(part, grads[chosen], dim, beta)
+                factor[chosen] = part
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """Multiplies every preconditioned dimension by its inverse root; for a matrix X_L V X_R."""
+        for root, dim in zip(self.roots, self.blocks[0].preconditioned, strict=True):
+            vectors = mode_product(root, vectors, dim)
+        return vectors
+
+    def statistic(self, slot: int, factor: int, beta: float) -> Tensor:
+        """A slot's bias-corrected statistic A, a new symmetric [d, d] fp32 tensor on the device."""
+        return symmetric(self.factors[factor][slot]) / bias_correction(beta, self.updates[slot])
+
+    def block_state(self, slot: int) -> dict[str, Any]:
+        return {
+            "factors": [factor[slot].clone() for factor in self.factors],
+            "roots": [root[slot].clone() for root in self.roots],
+            "updates": self.updates[slot],
+            "ready": self.ready[slot],
+        }
+
+    def load_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
+        for name, own in (("factors", self.factors), ("roots", self.roots)):
+            saved = [tuple(tensor.shape) for tensor in state[name]]
+            if saved != [tuple(tensor.shape[1:]) for tensor in own]:
+                raise ValueError(
+                    f"the {name} of block {self.blocks[slot]} have the shapes {saved} in the checkpoint, but "
+                    f"{[tuple(tensor.shape[1:]) for tensor in own]} here: block_size or the model has changed"
+                )
+            for tensor, value in zip(own, state[name], strict=True):
+                tensor[slot].copy_(value)
+        self.updates[slot] = int(state["updates"])
+        self.ready[slot] = bool(state["ready"])
+
+
+def mode_product(matrix: Tensor, stacked: Tensor, dim: int) -> Tensor:
+    """Multiplies dimension `dim` of stacked blocks [n, d_0, .., d_k] by symmetric matrices [n, d_dim, d_dim]."""
+    shape = stacked.shape
+    count, before, order = shape[0], shape[1 : dim + 1].numel(), shape[dim + 1]
+    if before == 1:
+        return torch.bmm(matrix, stacked.reshape(count, order, -1)).view(shape)
+    if dim + 2 == len(shape):
+        return torch.bmm(stacked.reshape(count, before, order), matrix).view(shape)
+    return torch.matmul(matrix.unsqueeze(1), stacked.reshape(count, before, order, -1)).view(shape)

@@ -1,0 +1,120 @@
+"""One inverse root with every safeguard: scaling, compression, a probe of the result, and a chain of fallbacks."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_shampoo.algorithm.roots import diagonal, eigh, newton
+from ds_shampoo.algorithm.roots.solution import Method, RootRejected, Solution
+
+METHODS: Mapping[str, Method] = {"eigh": eigh.solve, "newton": newton.solve}
+
+# A statistic below the smallest normal fp32 number is that of a gradient which was never there.
+_ZERO_BELOW = torch.finfo(torch.float32).tiny
+_PROBES = 4
+_PROBE_TOLERANCE = 1e-6
+_MAX_EPSILON = 1e-4
+
+
+class Outcome(enum.Enum):
+    """How the search for a root ended."""
+
+    ACCEPTED = "accepted"  # by the method asked for
+    FALLBACK = "fallback"  # by a later rung of the chain
+    ZERO = "zero"  # the matrix is zero: there is nothing to precondition with
+    REJECTED = "rejected"  # no rung gave a root that passes the probe
+
+
+@dataclass(frozen=True, slots=True)
+class InverseRoot:
+    """The result of `inverse_root`.
+
+    Attributes:
+        outcome: how the search ended.
+        root: [n, n] fp64 on the CPU, or None for ZERO and REJECTED.
+        ridge: what was added to the diagonal, in the matrix's own scale.
+        method: the rung that gave the root, or why there is none.
+    """
+
+    outcome: Outcome
+    root: Tensor | None
+    ridge: float
+    method: str
+
+
+def inverse_root(matrix: Tensor, p: int, epsilon: float, method: str = "eigh") -> InverseRoot:
+    """(A + epsilon * lambda_max(A) * I)^(-1/p) of a symmetric positive semi-definite matrix.
+
+    Args:
+        matrix: [n, n] of any float dtype and device; not changed.
+        p: the root's order, at least 1.
+        epsilon: the ridge relative to the largest eigenvalue.
+        method: a key of `METHODS`.
+
+    Never raises for a bad matrix: the outcome says what happened.
+    """
+    a = matrix.detach().to(device="cpu", dtype=torch.float64)
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    if not scale < float("inf"):  # NaN compares false
+        return InverseRoot(Outcome.REJECTED, None, 0.0, "the matrix is not finite")
+    if scale < _ZERO_BELOW:
+        return InverseRoot(Outcome.ZERO, None, 0.0, "the matrix is zero")
+    b = (a + a.mT) * (0.5 / scale)
+    used = b.abs().amax(dim=1) > 0
+    compact = b if bool(used.all()) else b[used][:, used]
+    reason = ""
+    for rung, (name, solve, eps) in enumerate(_chain(method, epsilon)):
+        try:
+            solution = solve(compact, p, eps)
+            if solve is not diagonal.solve:
+                _probe(compact, p, solution)
+        except RootRejected as rejection:
+            reason = f"{name}: {rejection}"
+            continue
+        root = _expand(solution, used, p) * scale ** (-1.0 / p)
+        outcome = Outcome.ACCEPTED if rung == 0 else Outcome.FALLBACK
+        return InverseRoot(outcome, root, solution.ridge * scale, name)
+    return InverseRoot(Outcome.REJECTED, None, 0.0, reason)
+
+
+def _chain(method: str, epsilon: float) -> Iterator[tuple[str, Method, float]]:
+    """The rungs in their order: the method under a growing ridge, cold coupled Newton, the diagonal."""
+    yield method, METHODS[method], epsilon
+    ridge = 10 * epsilon
+    while ridge <= _MAX_EPSILON * (1 + 1e-9):
+        yield f"{method}, ridge {ridge:.0e}", METHODS[method], ridge
+        ridge *= 10
+    if method != "newton":
+        yield "newton", newton.solve, epsilon
+    yield "diagonal", diagonal.solve, epsilon
+
+
+def _probe(matrix: Tensor, p: int, solution: Solution) -> None:
+    """Checks Xᵖ (A + ridge I) v = v on random vectors, the same ones for a given order.
+
+    Raises:
+        RootRejected: if the root is not finite or the relative error exceeds 1e-6.
+    """
+    generator = torch.Generator().manual_seed(matrix.shape[0])
+    vectors = torch.randn(matrix.shape[0], _PROBES, dtype=matrix.dtype, generator=generator)
+    image = matrix @ vectors + solution.ridge * vectors
+    for _ in range(p):
+        image = solution.root @ image
+    error = float(((image - vectors).norm(dim=0) / vectors.norm(dim=0)).max())
+    if not error <= _PROBE_TOLERANCE:
+        raise RootRejected(f"the probe's relative error is {error:.3g}")
+
+
+def _expand(solution: Solution, used: Tensor, p: int) -> Tensor:
+    """Puts the rows that were left out back in: there A is zero, and the root is that of the ridge."""
+    if bool(used.all()):
+        return solution.root
+    full = torch.diag(torch.full(used.shape, solution.ridge ** (-1.0 / p), dtype=solution.root.dtype))
+    kept = used.nonzero().squeeze(1)
+    full[kept[:, None], kept[None, :]] = solution.root
+    return full

@@ -1,0 +1,44 @@
+"""Kronecker-factor statistics of stacked blocks: L <- b L + w G Gᵀ for every mode (paper, Algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# From this order on only the lower triangle is computed, panel by panel: a panel of a quarter of the order
+# (at least 128) does 62 to 75 per cent of the full product's flops, and wins from order 256 on.
+_PANELS_FROM = 256
+_MIN_PANEL = 128
+
+
+def matricize(grad: Tensor, dim: int) -> Tensor:
+    """Unfolds stacked blocks [n, d_0, .., d_k] along `dim`: [n, d_dim, the product of the others]."""
+    return grad.movedim(dim + 1, 1).flatten(2)
+
+
+def accumulate(factor: Tensor, grad: Tensor, dim: int, beta: float) -> None:
+    """Updates one factor of stacked blocks in place.
+
+    Args:
+        factor: [n, d, d] fp32. Only its lower triangle is meaningful; see `symmetric`.
+        grad: [n, d_0, .., d_k] fp32 block gradients.
+        dim: the block dimension that the factor belongs to; d = d_dim.
+        beta: decay b; the new term's weight is 1 - b, or 1 for b = 1 (the AdaGrad sum).
+    """
+    weight = 1.0 - beta if beta < 1 else 1.0
+    rows = matricize(grad, dim)
+    order = rows.shape[1]
+    panel = order if order < _PANELS_FROM else max(_MIN_PANEL, order // 4)
+    for at in range(0, order, panel):
+        target = factor[:, at:, at : at + panel]
+        torch.baddbmm(target, rows[:, at:], rows[:, at : at + panel].mT, beta=beta, alpha=weight, out=target)
+
+
+def symmetric(factor: Tensor) -> Tensor:
+    """The full symmetric matrices [.., d, d] of which `accumulate` keeps the lower triangle."""
+    return factor.tril() + factor.tril(-1).mT
+
+
+def bias_correction(beta: float, updates: int) -> float:
+    """What a factor is divided by after `updates` updates from zero: 1 - b^n, or 1 for the sum."""
+    return 1.0 - beta**updates if beta < 1 else 1.0

@@ -1,0 +1,251 @@
+"""One param group at work: its blocks, their owners, and the step that joins elementwise state and blocks."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_shampoo.algorithm import cost, grafting
+from ds_shampoo.algorithm.blocks import Block, BlockedParameter, cut
+from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
+from ds_shampoo.algorithm.selection import Role
+from ds_shampoo.config import GroupSettings
+from ds_shampoo.elementwise import TensorStep
+from ds_shampoo.host.roots import RootCounts, RootKeeper
+from ds_shampoo.host.schedule import RootSchedule
+from ds_shampoo.sharding.exchange import ExchangePlan, StackPlace
+from ds_shampoo.sharding.fragments import Piece, pieces_of
+from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
+from ds_shampoo.sharding.ownership import assign, fingerprint
+from ds_shampoo.sharding.partition import LogicalParameter, Partition
+
+_EXCHANGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ShardedGroup:
+    """A param group, the blocks of it that this rank owns, and how both meet.
+
+    Attributes:
+        shapes: by name, each parameter's full shape.
+        blocked: by name, each parameter's blocks, or None with the reason why it has none.
+        blocks: all blocks in an order that all ranks share; a block's ordinal is its place here.
+        owners: by ordinal, the rank that keeps the block.
+        stacks: this rank's blocks, stacked by shape.
+        counts: what became of their roots.
+        exchange_bytes: what this rank sent in the last step.
+        last_step: the step count of the group's parameters; the largest where they differ.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[LogicalParameter],
+        partition: Partition,
+        settings: GroupSettings,
+        exchange_dtype: str,
+        device: torch.device,
+        loads: list[float],
+    ) -> None:
+        """`loads` is what each rank carries from other groups already; this group's share is added to it."""
+        self.partition, self._device = partition, device
+        self.shapes = {parameter.name: parameter.shape for parameter in parameters}
+        self.blocked = {parameter.name: block_parameter(parameter, settings) for parameter in parameters}
+        self.blocks = [b for blocked, _ in self.blocked.values() if blocked is not None for b in blocked.blocks]
+        pieces = self._pieces()
+        costs = [cost.step_flops(b, settings.statistics_interval, settings.root_interval) for b in self.blocks]
+        self.owners = assign(costs, _homes(len(self.blocks), pieces, partition.world_size), loads)
+        for owner, load in zip(self.owners, costs, strict=True):
+            loads[owner] += load
+        self.counts = RootCounts()
+        self._stack_owned()
+        self.plan = ExchangePlan(
+            self.blocks, pieces, self.owners, self._places, partition, device, _EXCHANGE_DTYPES[exchange_dtype]
+        )
+        self._norms = PieceNorms(self.plan.sources, len(self.blocks), device)
+        self._scaler: SegmentScaler | None = None
+        if grafting.is_normalized(settings.grafting):
+            whole = [fragment for fragment in partition.fragments if self.blocked[fragment.parameter][0] is None]
+            self._scaler = SegmentScaler(self.blocks, pieces, self.owners, whole, partition, device)
+        self._buffers = {f.parameter: f.buffer for f in partition.fragments if f.rank == partition.rank}
+        self.exchange_bytes = 0
+        self.last_step = 0
+
+    @property
+    def fingerprint(self) -> int:
+        """Equal on all ranks that made the same table of fragments, blocks and owners."""
+        return fingerprint([self.partition.fragments, self.blocks, self.owners])
+
+    def step(self, held: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings) -> None:
+        """One step of docs/algorithm.md.
+
+        Args:
+            held: the tensors that stand in the group now: whole parameters, or one flat fp32 shard.
+            states: their elementwise state (`new_state`), updated in place.
+        """
+        tensors: list[TensorStep | None] = []
+        for param, state in zip(held, states, strict=True):
+            grad = param.grad
+            if grad is None and self.plan.moves:  # the others wait for this rank's pieces
+                grad = torch.zeros_like(param)
+            tensors.append(None if grad is None else TensorStep(param, grad, state, settings))
+        present = [tensor for tensor in tensors if tensor is not None]
+        if not present:
+            return
+        self.last_step = max(tensor.step for tensor in present)
+        if self._scaler is None:
+            for tensor in present:
+                tensor.filter_and_graft()
+        else:
+            for tensor in present:
+                tensor.filter()
+            grads = self._scaler.normalized(_each(tensors, "grad"))
+            vectors = self._scaler.normalized(_each(tensors, "vector"))
+            for stepping, unit_grad, unit_vector in zip(tensors, grads, vectors, strict=True):
+                if stepping is not None and unit_grad is not None and unit_vector is not None:
+                    stepping.graft(unit_grad, unit_vector)
+        if self.blocks:
+            self._precondition(tensors, settings)
+        for tensor in present:
+            tensor.finish()
+
+    def slots(self) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
+        """Every owned block with the stack, the root keeper and the slot that hold its state."""
+        return [
+            (block, stack, keeper, slot)
+            for stack, keeper in zip(self.stacks, self._keepers, strict=True)
+            for slot, block in enumerate(stack.blocks)
+        ]
+
+    def _precondition(self, tensors: Sequence[TensorStep | None], settings: GroupSettings) -> None:
+        """Statistics, then roots at a boundary, then the directions of the blocks whose roots are in force."""
+        schedule = RootSchedule(
+            settings.start_preconditioning_step, settings.statistics_interval, settings.root_interval
+        )
+        steps = {tensor.step for tensor in tensors if tensor is not None}
+        sent = 0
+        if any(schedule.statistics_due(step) for step in steps):
+            self.plan.gather(_each(tensors, "grad"), self._workspace)
+            sent += self.plan.gather_bytes
+        for stack, keeper, work in zip(self.stacks, self._keepers, self._workspace, strict=True):
+            clock = [self._step_of(block, tensors) for block in stack.blocks]
+            due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
+            stack.update(work, due, settings.statistics_beta)
+            keeper.refresh({slot: step for slot, step in enumerate(clock) if schedule.is_boundary(step)}, settings)
+        if any(schedule.preconditions(step) for step in steps):
+            self.plan.gather(_each(tensors, "vector"), self._workspace)
+            self._write_directions(_each(tensors, "update"), settings)
+            sent += self.plan.gather_bytes + self.plan.scatter_bytes
+        self.exchange_bytes = sent
+
+    def _write_directions(self, updates: Sequence[Tensor | None], settings: GroupSettings) -> None:
+        """Overwrites the grafting steps of ready blocks by directions of the same norm."""
+        squares, flags = self._shared_norms(updates)
+        directions: list[Tensor] = []
+        for stack, rows, work in zip(self.stacks, self._rows, self._workspace, strict=True):
+            direction = stack.apply(work) if any(stack.ready) else torch.zeros_like(work)
+            if settings.grafting != "none":
+                norms = torch.linalg.vector_norm(direction.flatten(1), dim=1)
+                scale = torch.where(norms > 0, squares[rows].sqrt() / norms, torch.zeros_like(norms))
+                direction.mul_(scale.view(-1, *(1,) * (direction.dim() - 1)))
+            directions.append(direction)
+        ready = {
+            ordinal: stack.ready[slot]
+            for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
+            for slot, ordinal in enumerate(ordinals)
+        }
+        self.plan.scatter(directions, updates, ready, flags)
+
+    def _shared_norms(self, updates: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """By ordinal: the squared norm of each block's grafting step, and above 0 where its owner is ready."""
+        squares = self._norms.squares(updates)
+        if not self.plan.moves:
+            return squares, None
+        flags = torch.zeros_like(squares)
+        for stack, rows in zip(self.stacks, self._rows, strict=True):
+            flags[rows] = torch.tensor(stack.ready, dtype=flags.dtype).to(self._device, non_blocking=True)
+        shared = torch.stack([squares, flags])
+        dist.all_reduce(shared, group=self.partition.process_group)
+        return shared[0], shared[1]
+
+    def _step_of(self, block: Block, tensors: Sequence[TensorStep | None]) -> int:
+        """The step count of a block's parameter; 0 where it has no gradient at this step.
+
+        A rank may own a block of which it holds nothing: all of a flat group's shards count alike.
+        """
+        tensor = tensors[self._buffers.get(block.parameter, 0)]
+        return tensor.step if tensor is not None else 0
+
+    def _pieces(self) -> list[Piece]:
+        numbered: dict[str, list[tuple[int, Block]]] = defaultdict(list)
+        for ordinal, block in enumerate(self.blocks):
+            numbered[block.parameter].append((ordinal, block))
+        pieces: list[Piece] = []
+        for fragment in self.partition.fragments:
+            blocked = self.blocked[fragment.parameter][0]
+            if blocked is not None:
+                pieces.extend(pieces_of(fragment, blocked.shape, numbered[fragment.parameter]))
+        return pieces
+
+    def _stack_owned(self) -> None:
+        by_shape: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+        for ordinal, (block, owner) in enumerate(zip(self.blocks, self.owners, strict=True)):
+            if owner == self.partition.rank:
+                by_shape[block.shape, block.preconditioned].append(ordinal)
+        self._ordinals = list(by_shape.values())
+        self._places = {
+            ordinal: StackPlace(stack, slot)
+            for stack, ordinals in enumerate(self._ordinals)
+            for slot, ordinal in enumerate(ordinals)
+        }
+        self.stacks = [
+            ShampooPreconditioner([self.blocks[ordinal] for ordinal in ordinals], self._device)
+            for ordinals in self._ordinals
+        ]
+        self._keepers = [RootKeeper(stack, self.counts) for stack in self.stacks]
+        self._rows = [torch.tensor(ordinals, device=self._device) for ordinals in self._ordinals]
+        self._workspace = [
+            torch.zeros(len(stack.blocks), *stack.blocks[0].shape, device=self._device) for stack in self.stacks
+        ]
+
+
+def block_parameter(parameter: LogicalParameter, settings: GroupSettings) -> tuple[BlockedParameter | None, str]:
+    """A parameter's blocks, or None and the reason why it isn't preconditioned."""
+    vocabulary = parameter.role in (Role.EMBEDDING, Role.HEAD)
+    if parameter.excluded:
+        return None, "preconditioned: false"
+    if vocabulary and settings.embedding == "diagonal":
+        return None, f"{parameter.role.value} (embedding: diagonal)"
+    blocked = cut(
+        parameter.name,
+        parameter.shape,
+        block_size=settings.block_size,
+        max_preconditioner_dim=settings.max_preconditioner_dim,
+        merge=settings.merge_small_dims,
+        skip_first_dim=vocabulary and settings.embedding == "one_sided",
+    )
+    if blocked is not None:
+        return blocked, ""
+    wide = sum(dim > 1 for dim in parameter.shape) >= 2
+    return None, "every dim is above max_preconditioner_dim" if wide else "fewer than two dims above 1"
+
+
+def _each(tensors: Sequence[TensorStep | None], name: Literal["grad", "vector", "update"]) -> list[Tensor | None]:
+    return [None if tensor is None else getattr(tensor, name) for tensor in tensors]
+
+
+def _homes(blocks: int, pieces: Sequence[Piece], world_size: int) -> list[int | None]:
+    """The rank that holds most of each block, the lowest of equals; None where every rank holds all of it."""
+    held = [Counter[int]() for _ in range(blocks)]
+    for piece in pieces:
+        held[piece.block][piece.rank] += piece.box.numel
+    return [_home(counter, world_size) for counter in held]
+
+
+def _home(held: Counter[int], world_size: int) -> int | None:
+    if world_size > 1 and len(held) == world_size and len(set(held.values())) == 1:
+        return None
+    return min(held, key=lambda rank: (-held[rank], rank))

@@ -1,0 +1,269 @@
+"""Shampoo as a torch optimizer: checks its settings, keeps one ShardedGroup per param group, saves and restores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from ds_shampoo.algorithm import selection
+from ds_shampoo.config import Grafting, GroupSettings, SettingsError, group_settings, parse, parse_group
+from ds_shampoo.elementwise import new_state
+from ds_shampoo.group import ShardedGroup
+from ds_shampoo.report import render
+from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout
+
+logger = logging.getLogger("ds_shampoo")
+
+NamedParameters = Iterable[tuple[str, Tensor]]
+
+# Settings that decide which blocks there are; a checkpoint made with others can't be taken up.
+_STRUCTURAL = ("block_size", "max_preconditioner_dim", "merge_small_dims", "embedding")
+
+
+class Shampoo(Optimizer):
+    """Distributed Shampoo (Anil et al., arXiv 2002.09018) with grafting and blocking; docs/algorithm.md has the formulas.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or param-group dicts. A group may set every key below for
+            itself, and `"preconditioned": False` to take the grafting step only.
+        lr: learning rate; with the default grafting it means what it means to Adam.
+        betas: decay of the gradient's average and of the grafting method's second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled (AdamW's) unless `decoupled_weight_decay` is False (L2).
+        momentum: "before": the gradient's average is preconditioned; "after": the directions are averaged.
+        nesterov: look one step ahead in that average.
+        grafting: whose step length each block takes: none, sgd, adagrad, rmsprop, adam, or one of the last four
+            with "_normalized".
+        block_size: dimensions are cut at multiples of this.
+        max_preconditioner_dim: a larger dimension is left unpreconditioned; None for no limit.
+        merge_small_dims: fold small adjacent dimensions of tensors with three or more.
+        embedding: what embeddings and output heads get: "diagonal" (grafting only), "one_sided" or "blocked".
+        matrix_epsilon: ridge of the inverse roots, relative to the largest eigenvalue.
+        inverse_exponent_override: the root's order p in place of twice the number of factors.
+        start_preconditioning_step: the first preconditioned step, counted from 1.
+        statistics_beta: decay of the Kronecker factors; 1 sums them as AdaGrad does.
+        statistics_interval, root_interval: steps between updates of factors and of roots.
+        root_method: "eigh" or "newton" (coupled, fp64).
+        root_refresh_threshold: skip a root whose statistic moved less than this; 0 never skips.
+        max_root_failures: boundaries without a new root after which a block takes its grafting step.
+        exchange_dtype: "float32" or "bfloat16", of what travels between ranks.
+        root_overlap, root_delay, root_threads, root_cores: roots on background host threads; not available yet.
+        model: the module that the parameters belong to; gives them names and tells embeddings and heads.
+        layout: how a host framework lays parameters out; None for whole parameters in one process.
+
+    Raises:
+        SettingsError: (a ValueError) naming the key, the value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | NamedParameters | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decoupled_weight_decay: bool = True,
+        momentum: Literal["before", "after"] = "before",
+        nesterov: bool = True,
+        grafting: Grafting = "adam",
+        block_size: int = 1024,
+        max_preconditioner_dim: int | None = None,
+        merge_small_dims: bool = True,
+        embedding: Literal["diagonal", "one_sided", "blocked"] = "diagonal",
+        matrix_epsilon: float = 1e-6,
+        inverse_exponent_override: int | None = None,
+        start_preconditioning_step: int = 1,
+        statistics_beta: float = 0.5,
+        statistics_interval: int = 1,
+        root_interval: int = 10,
+        root_method: Literal["eigh", "newton"] = "eigh",
+        root_refresh_threshold: float = 0.0,
+        max_root_failures: int = 5,
+        exchange_dtype: Literal["float32", "bfloat16"] = "float32",
+        root_overlap: bool = False,
+        root_delay: int | None = None,
+        root_threads: int | None = None,
+        root_cores: Literal["auto"] | list[int] = "auto",
+        model: nn.Module | None = None,
+        layout: Layout | None = None,
+    ) -> None:
+        own = {"self", "params", "model", "layout", "__class__", "own"}
+        config = parse({key: value for key, value in locals().items() if key not in own})
+        self._exchange_dtype = config.exchange_dtype
+        self._layout = layout if layout is not None else WholeLayout()
+        self._names = selection.names(model) if model is not None else {}
+        self._roles = selection.roles(model) if model is not None else {}
+        self._logical: list[list[LogicalParameter]] = []
+        self._groups: dict[int, ShardedGroup] = {}
+        self._loads: dict[int, list[float]] = {}
+        defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
+
+        Raises:
+            SettingsError: for a setting that is refused, a sparse or complex parameter, or a name used twice.
+        """
+        settings = parse_group(param_group, self.defaults)
+        params = param_group["params"]
+        members = [params] if isinstance(params, Tensor) else list(params)
+        logical = [self._logical_parameter(member, param_group, number) for number, member in enumerate(members)]
+        taken = {parameter.name for group in self._logical for parameter in group}
+        for parameter in logical:
+            if parameter.name in taken:
+                raise SettingsError(f"parameter name '{parameter.name}' is used twice")
+            taken.add(parameter.name)
+        group = {**param_group, **settings.model_dump(), "params": [parameter.tensor for parameter in logical]}
+        super().add_param_group({**group, "group_index": len(self._logical)})
+        self._logical.append(logical)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Takes one step with the gradients that the parameters have; those without are left alone.
+
+        Raises:
+            ValueError: if a closure is given.
+        """
+        if closure is not None:
+            raise ValueError("Shampoo.step takes no closure: compute the loss and its gradients before the step")
+        if not self._layout.in_training():
+            return
+        for group in self.param_groups:
+            sharded = self._sharded(group)
+            states = [self._state_of(param) for param in group["params"]]
+            sharded.step(group["params"], states, group_settings(group))
+
+    def prepare(self) -> None:
+        """Builds blocks, owners and state of all groups now rather than at the first step.
+
+        To be called while all groups are in place; it is what `describe` and `load_state_dict` do first.
+        """
+        for group in self.param_groups:
+            self._sharded(group)
+            for param in group["params"]:
+                self._state_of(param)
+
+    def describe(self) -> str:
+        """A table of what is preconditioned, by which blocks, on which ranks, with bytes; and what is not, and why."""
+        self.prepare()
+        return render(list(self._groups.values()))
+
+    def metrics(self) -> dict[str, float]:
+        """What happened so far, on this rank; numbers only, without waiting for the device.
+
+        Keys: owned_blocks, preconditioned_blocks (roots in force), root_updates, root_fallbacks, roots_skipped,
+        roots_rejected (all counts of roots since the start of this process), root_age_mean and root_age_max
+        (in steps, 0 while no root is in force), exchange_bytes (sent in the last step).
+        """
+        groups = self._groups.values()
+        slots = [(group, entry) for group in groups for entry in group.slots()]
+        ages = [age for group, (_, _, keeper, slot) in slots if (age := keeper.age(slot, group.last_step)) is not None]
+        return {
+            "owned_blocks": len(slots),
+            "preconditioned_blocks": len(ages),
+            "root_updates": sum(group.counts.updates for group in groups),
+            "root_fallbacks": sum(group.counts.fallbacks for group in groups),
+            "roots_skipped": sum(group.counts.skipped for group in groups),
+            "roots_rejected": sum(group.counts.rejected for group in groups),
+            "root_age_mean": sum(ages) / len(ages) if ages else 0.0,
+            "root_age_max": max(ages, default=0),
+            "exchange_bytes": sum(group.exchange_bytes for group in groups),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's `state` and `param_groups`, and `blocks`: this rank's factors and roots by block name.
+
+        Plain tensors and numbers only, so that `torch.load(weights_only=True)` takes it.
+        """
+        blocks = {
+            str(block): {**stack.block_state(slot), **keeper.block_state(slot)}
+            for group in self._groups.values()
+            for block, stack, keeper, slot in group.slots()
+        }
+        return {**super().state_dict(), "blocks": blocks}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave, bit for bit, on the rank and world size that saved it.
+
+        As with every torch optimizer the saved settings come back too; those that differ from the present ones
+        are logged.
+
+        Raises:
+            SettingsError: if the blocks were cut with other settings, or factors are missing.
+        """
+        self._check_groups(state_dict)
+        super().load_state_dict(dict(state_dict))
+        self._restore_exactly(state_dict)
+        self.prepare()
+        saved = state_dict["blocks"]
+        if not saved and not state_dict["state"]:
+            return
+        entries = [entry for group in self._groups.values() for entry in group.slots()]
+        missing = [str(block) for block, *_ in entries if str(block) not in saved]
+        if missing:
+            raise SettingsError(
+                f"the checkpoint lacks the factors of {len(missing)} of this rank's {len(entries)} blocks, "
+                f"{missing[0]} first: it was saved by another world size or another model, or at ZeRO stage 0, "
+                "where DeepSpeed keeps rank 0's optimizer only"
+            )
+        for block, stack, keeper, slot in entries:
+            stack.load_block_state(slot, saved[str(block)])
+            keeper.load_block_state(slot, saved[str(block)])
+
+    def _sharded(self, group: Mapping[str, Any]) -> ShardedGroup:
+        index = group["group_index"]
+        if index not in self._groups:
+            partition = self._layout.partition(self._logical[index], group["params"])
+            loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
+            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            self._groups[index] = ShardedGroup(
+                self._logical[index], partition, group_settings(group), self._exchange_dtype, device, loads
+            )
+        return self._groups[index]
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            state.update(new_state(param))
+        return state
+
+    def _logical_parameter(self, member: Any, group: Mapping[str, Any], number: int) -> LogicalParameter:
+        name, tensor = member if isinstance(member, tuple) else (None, member)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"Shampoo takes tensors or (name, tensor) pairs, not {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise SettingsError(f"Shampoo can't optimize a parameter of dtype {tensor.dtype}")
+        position = f"param_{sum(len(logical) for logical in self._logical) + number}"
+        name = name or self._names.get(id(tensor), position)
+        role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
+        return LogicalParameter(name, tensor, tuple(tensor.shape), role, not group.get("preconditioned", True))
+
+    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of another optimizer or of other blocks before anything is touched."""
+        if "blocks" not in state_dict:
+            raise SettingsError("this is not a state of Shampoo: it has no 'blocks'")
+        for saved, present in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            for key in GroupSettings.model_fields:
+                before, now = saved.get(key), present[key]
+                if before == now or (isinstance(before, list) and tuple(before) == now):
+                    continue
+                if key in _STRUCTURAL:
+                    raise SettingsError(f"Shampoo setting '{key}' = {now!r}: the checkpoint was made with {before!r}")
+                if key != "lr":
+                    logger.warning("'%s' is %r from the checkpoint, not the present %r", key, before, now)
+
+    def _restore_exactly(self, state_dict: Mapping[str, Any]) -> None:
+        """Puts back the fp32 state that torch's own loading has cast to the parameters' dtype."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.detach().to(param.device, copy=True)

@@ -1,0 +1,86 @@
+"""Partition: how one param group lies over the ranks of its data-parallel group, as a host framework left it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_shampoo.algorithm.selection import Role
+from ds_shampoo.sharding.fragments import Fragment
+
+
+@dataclass(frozen=True)
+class LogicalParameter:
+    """A parameter as the user passed it, before any framework replaced it.
+
+    Attributes:
+        name: its name in the model, or "param_<number>".
+        tensor: the parameter itself.
+        shape: its full shape.
+        role: weight, embedding or output head.
+        excluded: whether the user said `preconditioned: false`.
+    """
+
+    name: str
+    tensor: Tensor
+    shape: tuple[int, ...]
+    role: Role
+    excluded: bool
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Where the elements of a group's parameters lie.
+
+    Attributes:
+        fragments: those of all ranks, in an order that all ranks share.
+        rank, world_size: of this process in `process_group`.
+        process_group: the group's data-parallel ranks; None for a single process.
+    """
+
+    fragments: Sequence[Fragment]
+    rank: int = 0
+    world_size: int = 1
+    process_group: dist.ProcessGroup | None = None
+
+
+class Layout(Protocol):
+    """Turns what a host framework did to the parameters into fragments; one implementation per way of doing it."""
+
+    def in_training(self) -> bool:
+        """False while the framework calls `step` only to have state allocated, as DeepSpeed does in set-up."""
+
+    def partition(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        """Maps a param group's original parameters to the tensors that stand in the group now.
+
+        Raises:
+            RuntimeError: if the two can't be brought together; training would go wrong without a sign.
+        """
+
+
+class WholeLayout:
+    """One process, every parameter whole: Shampoo as an ordinary torch optimizer."""
+
+    def in_training(self) -> bool:
+        return True
+
+    def partition(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        if [id(parameter.tensor) for parameter in originals] != [id(tensor) for tensor in held]:
+            raise RuntimeError(
+                "the parameters of a param group were replaced after Shampoo was constructed; under DeepSpeed "
+                "select Shampoo in the JSON's optimizer section, or call ds_shampoo.initialize"
+            )
+        return Partition(whole_fragments(originals, rank=0))
+
+
+def whole_fragments(originals: Sequence[LogicalParameter], rank: int) -> list[Fragment]:
+    """One fragment per parameter, each in a buffer of its own, as a rank holds them that shards nothing."""
+    return [
+        Fragment(parameter.name, 0, parameter.tensor.numel(), rank, buffer, 0)
+        for buffer, parameter in enumerate(originals)
+        if parameter.tensor.numel()
+    ]
