@@ -1,7 +1,10 @@
 """Distributed Shampoo for DeepSpeed: `import ds_shampoo`, then `"optimizer": {"type": "Shampoo"}` in the JSON."""
 
 from ds_shampoo.config import SettingsError, ShampooConfig
+from ds_shampoo.deepspeed import initialize, register
 from ds_shampoo.optimizer import Shampoo
 
 __version__ = "0.1.0"
-__all__ = ["SettingsError", "Shampoo", "ShampooConfig"]
+__all__ = ["SettingsError", "Shampoo", "ShampooConfig", "initialize", "register"]
+
+register()

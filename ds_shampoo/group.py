@@ -53,7 +53,11 @@ class ShardedGroup:
         """`loads` is what each rank carries from other groups already; this group's share is added to it."""
         self.partition, self._device = partition, device
         self.shapes = {parameter.name: parameter.shape for parameter in parameters}
-        self.blocked = {parameter.name: block_parameter(parameter, settings) for parameter in parameters}
+        placed = {fragment.parameter for fragment in partition.fragments}
+        self.blocked = {
+            parameter.name: block_parameter(parameter, settings) if parameter.name in placed else (None, "not trained")
+            for parameter in parameters
+        }
         self.blocks = [b for blocked, _ in self.blocked.values() if blocked is not None for b in blocked.blocks]
         pieces = self._pieces()
         costs = [cost.step_flops(b, settings.statistics_interval, settings.root_interval) for b in self.blocks]
@@ -63,7 +67,13 @@ class ShardedGroup:
         self.counts = RootCounts()
         self._stack_owned()
         self.plan = ExchangePlan(
-            self.blocks, pieces, self.owners, self._places, partition, device, _EXCHANGE_DTYPES[exchange_dtype]
+            self.blocks,
+            pieces,
+            self.owners,
+            self._places,
+            partition,
+            device,
+            _EXCHANGE_DTYPES[exchange_dtype],
         )
         self._norms = PieceNorms(self.plan.sources, len(self.blocks), device)
         self._scaler: SegmentScaler | None = None
@@ -89,7 +99,7 @@ class ShardedGroup:
         tensors: list[TensorStep | None] = []
         for param, state in zip(held, states, strict=True):
             grad = param.grad
-            if grad is None and self.plan.moves:  # the others wait for this rank's pieces
+            if grad is None and self.plan.moves and param.requires_grad:  # others wait for this rank's pieces
                 grad = torch.zeros_like(param)
             tensors.append(None if grad is None else TensorStep(param, grad, state, settings))
         present = [tensor for tensor in tensors if tensor is not None]

@@ -7,15 +7,24 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ds_shampoo.algorithm import selection
-from ds_shampoo.config import Grafting, GroupSettings, SettingsError, group_settings, parse, parse_group
+from ds_shampoo.config import (
+    Grafting,
+    GroupSettings,
+    SettingsError,
+    ShampooConfig,
+    group_settings,
+    parse,
+    parse_group,
+)
 from ds_shampoo.elementwise import new_state
 from ds_shampoo.group import ShardedGroup
 from ds_shampoo.report import render
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout
+from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -92,9 +101,10 @@ class Shampoo(Optimizer):
         root_cores: Literal["auto"] | list[int] = "auto",
         model: nn.Module | None = None,
         layout: Layout | None = None,
+        **unknown: Any,
     ) -> None:
-        own = {"self", "params", "model", "layout", "__class__", "own"}
-        config = parse({key: value for key, value in locals().items() if key not in own})
+        settings = {key: value for key, value in locals().items() if key in ShampooConfig.model_fields}
+        config = parse({**settings, **unknown})
         self._exchange_dtype = config.exchange_dtype
         self._layout = layout if layout is not None else WholeLayout()
         self._names = selection.names(model) if model is not None else {}
@@ -120,7 +130,11 @@ class Shampoo(Optimizer):
             if parameter.name in taken:
                 raise SettingsError(f"parameter name '{parameter.name}' is used twice")
             taken.add(parameter.name)
-        group = {**param_group, **settings.model_dump(), "params": [parameter.tensor for parameter in logical]}
+        group = {
+            **param_group,
+            **settings.model_dump(),
+            "params": [parameter.tensor for parameter in logical],
+        }
         super().add_param_group({**group, "group_index": len(self._logical)})
         self._logical.append(logical)
 
@@ -223,10 +237,19 @@ class Shampoo(Optimizer):
             partition = self._layout.partition(self._logical[index], group["params"])
             loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
             device = group["params"][0].device if group["params"] else torch.device("cpu")
-            self._groups[index] = ShardedGroup(
+            sharded = ShardedGroup(
                 self._logical[index], partition, group_settings(group), self._exchange_dtype, device, loads
             )
+            check_agreement(sharded.fingerprint, partition, device)
+            self._groups[index] = sharded
+            self._log_table()
         return self._groups[index]
+
+    def _log_table(self) -> None:
+        """Logs the table of all groups once it is whole, on one rank."""
+        whole = len(self._groups) == sum(bool(logical) for logical in self._logical)
+        if whole and (not dist.is_initialized() or dist.get_rank() == 0):
+            logger.info("\n%s", render(list(self._groups.values())))
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]

@@ -43,7 +43,11 @@ def render(groups: Sequence[ShardedGroup]) -> str:
         blocks = ", ".join(f"{count} of {_by(shape)}" for shape, count in row.blocks.items())
         owners = ", ".join(f"{rank}: {row.owners[rank]}" for rank in sorted(row.owners))
         table.add_row(
-            label, _by(row.shape), blocks or f"none: {row.reason}", owners, human_bytes(row.bytes) if row.bytes else ""
+            label,
+            _by(row.shape),
+            blocks or f"none: {row.reason}",
+            owners,
+            human_bytes(row.bytes) if row.bytes else "",
         )
     console = Console(width=_WIDTH, no_color=True)
     with console.capture() as capture:

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 # Names under which models keep the matrix that maps to the vocabulary, as the last part before ".weight".
 _HEAD_NAMES = frozenset({"lm_head", "output_layer", "embed_out", "unembed", "unembedding", "head", "decoder"})
 _EMBEDDING_NAMES = frozenset(
-    {"wte", "wpe", "embed_tokens", "tok_embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings"}
+    {
+        "wte",
+        "wpe",
+        "embed_tokens",
+        "tok_embeddings",
+        "word_embeddings",
+        "position_embeddings",
+        "token_type_embeddings",
+    }
 )
 
 

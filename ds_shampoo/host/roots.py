@@ -109,7 +109,10 @@ class RootKeeper:
         if len(rooted) != len(self._stack.factors):
             rooted = [None] * len(self._stack.factors)
         self._blocks[slot] = _BlockRoots(
-            rooted, [bool(solved) for solved in state["solved"]], int(state["failures"]), int(state["updated_at"])
+            rooted,
+            [bool(solved) for solved in state["solved"]],
+            int(state["failures"]),
+            int(state["updated_at"]),
         )
 
     def _refresh_block(self, slot: int, step: int, settings: GroupSettings) -> None:

@@ -47,9 +47,9 @@ def load_bound(costs: Sequence[float], loads: Sequence[float]) -> float:
 
 
 def fingerprint(table: Sequence[object]) -> int:
-    """A hash of a table that agrees across processes and machines, as a signed 64-bit number."""
+    """A hash of a table that agrees across processes and machines, as a number of 62 bits."""
     digest = hashlib.sha256(repr(list(table)).encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
+    return int.from_bytes(digest[:8], "big") >> 2
 
 
 def _greedy(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -75,6 +76,19 @@ class WholeLayout:
                 "select Shampoo in the JSON's optimizer section, or call ds_shampoo.initialize"
             )
         return Partition(whole_fragments(originals, rank=0))
+
+
+def check_agreement(value: int, partition: Partition, device: torch.device) -> None:
+    """Compares a fingerprint over the group's ranks, once at start.
+
+    Raises:
+        RuntimeError: if any rank made another table; they would exchange the wrong pieces.
+    """
+    if partition.world_size > 1:
+        extremes = torch.tensor([value, -value], dtype=torch.int64, device=device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=partition.process_group)
+        if extremes.tolist() != [value, -value]:
+            raise RuntimeError("the ranks of a data-parallel group disagree about blocks and owners")
 
 
 def whole_fragments(originals: Sequence[LogicalParameter], rank: int) -> list[Fragment]:

@@ -1,0 +1,115 @@
+"""The two ways in: `"type": "Shampoo"` in any DeepSpeed JSON, and `initialize`, which sets what that needs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_shampoo.config import SettingsError, parse
+from ds_shampoo.optimizer import Shampoo
+
+_TYPE = "Shampoo"
+
+
+def register() -> None:
+    """Makes `"optimizer": {"type": "Shampoo"}` known to DeepSpeed, which looks unknown types up in `torch.optim`.
+
+    Raises:
+        RuntimeError: if torch has come to ship an optimizer of that name.
+    """
+    present = getattr(torch.optim, _TYPE, from_json)
+    if present is not from_json:
+        raise RuntimeError(f"torch.optim.{_TYPE} exists already: {present!r}; ds_shampoo can't take its name")
+    setattr(torch.optim, _TYPE, from_json)
+
+
+def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: Any) -> Shampoo:
+    """What DeepSpeed calls for the JSON's optimizer section.
+
+    DeepSpeed passes a list of parameters and nothing else. Their names, the modules they belong to and the ZeRO
+    settings are the engine's, so the engine is read from the caller's frame; nothing is patched. Called by
+    anyone else this is plain `Shampoo(params, **settings)`.
+
+    Raises:
+        SettingsError: for a wrong setting, or a DeepSpeed feature under which Shampoo can't run yet.
+    """
+    engine = sys._getframe(1).f_locals.get("self")
+    if "deepspeed" not in sys.modules or not isinstance(engine, sys.modules["deepspeed"].DeepSpeedEngine):
+        return Shampoo(params, **settings)
+    from ds_shampoo.deepspeed.layouts import layout_for
+    from ds_shampoo.deepspeed.support import refuse_unsupported
+
+    refuse_unsupported(engine)
+    _log_to_stdout()
+    return Shampoo(params, **settings, model=engine.module, layout=layout_for(engine))
+
+
+def initialize(
+    args: Any = None, model: Any = None, optimizer: Any = None, config: Any = None, **others: Any
+) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize`, with what Shampoo needs.
+
+    Takes and returns what `deepspeed.initialize` does. Where the config's optimizer is Shampoo, its settings are
+    checked before anything starts, and `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` are set
+    (in a copy); any other optimizer passes through untouched.
+
+    Raises:
+        SettingsError: as `from_json`, and for a Shampoo object where the config should name it.
+    """
+    import deepspeed
+
+    if isinstance(optimizer, Shampoo):
+        raise SettingsError(
+            "optimizer = a Shampoo object: under DeepSpeed name it in the config instead, "
+            '"optimizer": {"type": "Shampoo", "params": {...}}'
+        )
+    if config is None:
+        config = others.pop("config_params", None) or getattr(args, "deepspeed_config", None)
+    if args is not None and getattr(args, "deepspeed_config", None) is not None:
+        args = copy.copy(args)  # DeepSpeed takes a config from one place only, and Shampoo's is an edited copy
+        args.deepspeed_config = None
+    settings = _as_dict(config)
+    section = settings.get("optimizer") or {}
+    ours = optimizer is None and section.get("type") == _TYPE
+    if ours:
+        parse(section.get("params") or {})
+        settings["zero_allow_untested_optimizer"] = True
+        settings["zero_force_ds_cpu_optimizer"] = False
+    engine, *rest = deepspeed.initialize(args=args, model=model, optimizer=optimizer, config=settings, **others)
+    if ours:
+        engine.basic_optimizer.prepare()
+    return engine, *rest
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    """A copy of a DeepSpeed config, given as a dict or as the path of a JSON file."""
+    if isinstance(config, dict):
+        return copy.deepcopy(config)
+    if not isinstance(config, str | os.PathLike):
+        raise SettingsError(f"config = {config!r}: must be a dict or the path of a DeepSpeed JSON file")
+    import hjson
+    from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+
+    try:
+        with open(config) as file:
+            return dict(hjson.load(file, object_pairs_hook=dict_raise_error_on_duplicate_keys))
+    except OSError as error:
+        raise SettingsError(f"config = {os.fspath(config)!r}: {error.strerror}") from error
+
+
+def _log_to_stdout() -> None:
+    """Shows the package's messages in a DeepSpeed job, whose launcher collects stdout, unless logging is set up."""
+    logger = logging.getLogger("ds_shampoo")
+    if logger.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] [ds_shampoo] %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
