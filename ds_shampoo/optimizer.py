@@ -35,7 +35,7 @@ _STRUCTURAL = ("block_size", "max_preconditioner_dim", "merge_small_dims", "embe
 
 
 class Shampoo(Optimizer):
-    """Distributed Shampoo (Anil et al., arXiv 2002.09018) with grafting and blocking; docs/algorithm.md has the formulas.
+    """Distributed Shampoo (Anil et al., arXiv 2002.09018), with blocks and grafting, as docs/algorithm.md specifies it.
 
     Args:
         params: parameters, (name, parameter) pairs, or param-group dicts. A group may set every key below for

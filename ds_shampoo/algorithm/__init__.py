@@ -1,1 +1,1 @@
-"""The algorithm on plain tensors: blocks, statistics, roots, preconditioning, grafting. No process group, no DeepSpeed."""
+"""The algorithm on plain tensors: blocks, statistics, roots, directions, grafting; no process group, no DeepSpeed."""

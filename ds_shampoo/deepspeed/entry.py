@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def _as_dict(config: Any) -> dict[str, Any]:
     from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
     try:
-        with open(config) as file:
+        with Path(config).open() as file:
             return dict(hjson.load(file, object_pairs_hook=dict_raise_error_on_duplicate_keys))
     except OSError as error:
         raise SettingsError(f"config = {os.fspath(config)!r}: {error.strerror}") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.roots import diagonal, eigh, newton
-from ds_shampoo.algorithm.roots.solution import Method, RootRejected, Solution
+from ds_shampoo.algorithm.roots.solution import Method, NoRootError, Solution
 
 METHODS: Mapping[str, Method] = {"eigh": eigh.solve, "newton": newton.solve}
 
@@ -73,7 +73,7 @@ def inverse_root(matrix: Tensor, p: int, epsilon: float, method: str = "eigh") -
             solution = solve(compact, p, eps)
             if solve is not diagonal.solve:
                 _probe(compact, p, solution)
-        except RootRejected as rejection:
+        except NoRootError as rejection:
             reason = f"{name}: {rejection}"
             continue
         root = _expand(solution, used, p) * scale ** (-1.0 / p)
@@ -98,7 +98,7 @@ def _probe(matrix: Tensor, p: int, solution: Solution) -> None:
     """Checks Xᵖ (A + ridge I) v = v on random vectors, the same ones for a given order.
 
     Raises:
-        RootRejected: if the root is not finite or the relative error exceeds 1e-6.
+        NoRootError: if the root is not finite or the relative error exceeds 1e-6.
     """
     generator = torch.Generator().manual_seed(matrix.shape[0])
     vectors = torch.randn(matrix.shape[0], _PROBES, dtype=matrix.dtype, generator=generator)
@@ -107,7 +107,7 @@ def _probe(matrix: Tensor, p: int, solution: Solution) -> None:
         image = solution.root @ image
     error = float(((image - vectors).norm(dim=0) / vectors.norm(dim=0)).max())
     if not error <= _PROBE_TOLERANCE:
-        raise RootRejected(f"the probe's relative error is {error:.3g}")
+        raise NoRootError(f"the probe's relative error is {error:.3g}")
 
 
 def _expand(solution: Solution, used: Tensor, p: int) -> Tensor:

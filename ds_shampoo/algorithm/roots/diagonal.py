@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.roots.solution import RootRejected, Solution
+from ds_shampoo.algorithm.roots.solution import NoRootError, Solution
 
 
 def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
     """X = diag(A + ridge)^(-1/p) with the ridge relative to the largest diagonal element.
 
     Raises:
-        RootRejected: if the diagonal is not finite or has a negative element.
+        NoRootError: if the diagonal is not finite or has a negative element.
     """
     diagonal = matrix.diagonal()
     if not bool(torch.isfinite(diagonal).all()) or float(diagonal.min()) < 0:
-        raise RootRejected("the diagonal is negative or not finite")
+        raise NoRootError("the diagonal is negative or not finite")
     ridge = epsilon * float(diagonal.max())
     return Solution(torch.diag((diagonal + ridge).pow(-1.0 / p)), ridge)

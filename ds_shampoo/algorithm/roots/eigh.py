@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.roots.solution import RootRejected, Solution, checked_ridge
+from ds_shampoo.algorithm.roots.solution import NoRootError, Solution, checked_ridge
 
 
 def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
@@ -17,12 +17,12 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
         epsilon: the ridge relative to the largest eigenvalue.
 
     Raises:
-        RootRejected: where LAPACK fails or the matrix is not positive semi-definite up to the ridge.
+        NoRootError: where LAPACK fails or the matrix is not positive semi-definite up to the ridge.
     """
     try:
         eigenvalues, vectors = torch.linalg.eigh(matrix)
     except RuntimeError as error:  # torch.linalg.LinAlgError among them
-        raise RootRejected(f"eigh failed: {error}") from error
+        raise NoRootError(f"eigh failed: {error}") from error
     ridge = checked_ridge(float(eigenvalues[0]), float(eigenvalues[-1]), epsilon)
     vectors *= (eigenvalues + ridge).pow(-0.5 / p)
     return Solution(vectors @ vectors.mT, ridge)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.roots.solution import RootRejected, Solution, checked_ridge
+from ds_shampoo.algorithm.roots.solution import NoRootError, Solution, checked_ridge
 
 _MAX_ITERATIONS = 200
 _TOLERANCE = 1e-13
@@ -24,7 +24,7 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
         epsilon: the ridge relative to the largest eigenvalue.
 
     Raises:
-        RootRejected: where the matrix is not positive semi-definite or the iteration diverges.
+        NoRootError: where the matrix is not positive semi-definite or the iteration diverges.
     """
     smallest, largest = _spectrum_ends(matrix)
     ridge = checked_ridge(smallest, largest, epsilon)
@@ -44,7 +44,7 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
         coupled = torch.linalg.matrix_power(factor, p) @ coupled
         coupled = 0.5 * (coupled + coupled.mT)
     if not best_error < 1:
-        raise RootRejected(f"coupled Newton diverged: max|M - I| = {best_error:.3g}")
+        raise NoRootError(f"coupled Newton diverged: max|M - I| = {best_error:.3g}")
     return Solution(0.5 * (best_root + best_root.mT), ridge)
 
 

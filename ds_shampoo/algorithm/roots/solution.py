@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 
-class RootRejected(Exception):
+class NoRootError(Exception):
     """A method found no root that it can stand for; the message says why."""
 
 
@@ -39,11 +39,11 @@ def checked_ridge(smallest: float, largest: float, epsilon: float) -> float:
     of itself; where it doesn't, a larger one is tried.
 
     Raises:
-        RootRejected: if the matrix is zero or clearly indefinite, or the ridge too small for its rounding.
+        NoRootError: if the matrix is zero or clearly indefinite, or the ridge too small for its rounding.
     """
     if not largest > 0 or smallest < -1e-3 * largest:
-        raise RootRejected(f"not positive semi-definite: eigenvalues from {smallest:.3g} to {largest:.3g}")
+        raise NoRootError(f"not positive semi-definite: eigenvalues from {smallest:.3g} to {largest:.3g}")
     ridge = epsilon * largest
     if smallest < -0.5 * ridge:
-        raise RootRejected(f"the ridge {ridge:.3g} does not outweigh the eigenvalue {smallest:.3g}")
+        raise NoRootError(f"the ridge {ridge:.3g} does not outweigh the eigenvalue {smallest:.3g}")
     return ridge
