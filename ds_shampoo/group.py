@@ -136,27 +136,34 @@ class ShardedGroup:
             settings.start_preconditioning_step, settings.statistics_interval, settings.root_interval
         )
         steps = {tensor.step for tensor in tensors if tensor is not None}
+        gathered, scratch = self._workspace()
         sent = 0
         if any(schedule.statistics_due(step) for step in steps):
-            self.plan.gather(_each(tensors, "grad"), self._workspace)
+            self.plan.gather(_each(tensors, "grad"), gathered)
             sent += self.plan.gather_bytes
-        for stack, keeper, work in zip(self.stacks, self._keepers, self._workspace, strict=True):
+        for stack, keeper, grads in zip(self.stacks, self._keepers, gathered, strict=True):
             clock = [self._step_of(block, tensors) for block in stack.blocks]
             due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
-            stack.update(work, due, settings.statistics_beta)
+            stack.update(grads, due, settings.statistics_beta)
             keeper.refresh({slot: step for slot, step in enumerate(clock) if schedule.is_boundary(step)}, settings)
         if any(schedule.preconditions(step) for step in steps):
-            self.plan.gather(_each(tensors, "vector"), self._workspace)
-            self._write_directions(_each(tensors, "update"), settings)
+            self.plan.gather(_each(tensors, "vector"), gathered)
+            self._write_directions(gathered, scratch, _each(tensors, "update"), settings)
             sent += self.plan.gather_bytes + self.plan.scatter_bytes
         self.exchange_bytes = sent
 
-    def _write_directions(self, updates: Sequence[Tensor | None], settings: GroupSettings) -> None:
+    def _write_directions(
+        self,
+        vectors: Sequence[Tensor],
+        scratch: Sequence[Tensor],
+        updates: Sequence[Tensor | None],
+        settings: GroupSettings,
+    ) -> None:
         """Overwrites the grafting steps of ready blocks by directions of the same norm."""
         squares, flags = self._shared_norms(updates)
         directions: list[Tensor] = []
-        for stack, rows, work in zip(self.stacks, self._rows, self._workspace, strict=True):
-            direction = stack.apply(work) if any(stack.ready) else torch.zeros_like(work)
+        for stack, rows, vector, spare in zip(self.stacks, self._rows, vectors, scratch, strict=True):
+            direction = stack.apply(vector, spare) if any(stack.ready) else vector.zero_()
             if settings.grafting != "none":
                 norms = torch.linalg.vector_norm(direction.flatten(1), dim=1)
                 scale = torch.where(norms > 0, squares[rows].sqrt() / norms, torch.zeros_like(norms))
@@ -217,9 +224,22 @@ class ShardedGroup:
         ]
         self._keepers = [RootKeeper(stack, self.counts) for stack in self.stacks]
         self._rows = [torch.tensor(ordinals, device=self._device) for ordinals in self._ordinals]
-        self._workspace = [
-            torch.zeros(len(stack.blocks), *stack.blocks[0].shape, device=self._device) for stack in self.stacks
-        ]
+        self._kept: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def _workspace(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Two tensors [n, *shape] per stack for the time of a step.
+
+        A CPU keeps them, since fresh memory costs it a page fault every 4 KiB; an accelerator's caching allocator
+        gives the same memory out again, and lends it to others meanwhile.
+        """
+        if self._kept is not None:
+            return self._kept
+        gathered, scratch = (
+            [torch.zeros(len(s.blocks), *s.blocks[0].shape, device=self._device) for s in self.stacks] for _ in range(2)
+        )
+        if self._device.type == "cpu":
+            self._kept = gathered, scratch
+        return gathered, scratch
 
 
 def block_parameter(parameter: LogicalParameter, settings: GroupSettings) -> tuple[BlockedParameter | None, str]:

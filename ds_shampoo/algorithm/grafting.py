@@ -63,10 +63,10 @@ def grafting_step(
         exp_avg_sq.addcmul_(grad, grad)
     else:
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    correction = 1 / math.sqrt(1 - beta2**step) if method == "adam" else 1.0
     torch.sqrt(exp_avg_sq, out=out)
-    if method == "adam":
-        out.mul_(1 / math.sqrt(1 - beta2**step))
-    torch.div(vector, out.add_(eps), out=out)
+    torch.add(eps, out, alpha=correction, out=out)
+    torch.div(vector, out, out=out)
 
 
 def apply_update(param: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:

@@ -21,8 +21,11 @@ class Preconditioner(Protocol):
     def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
         """Folds block gradients [n, *shape] into the statistics of `slots`."""
 
-    def apply(self, vectors: Tensor) -> Tensor:
-        """The directions [n, *shape] for vectors of that shape; those of slots that aren't ready mean nothing."""
+    def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
+        """The directions for vectors [n, *shape], in either of the two tensors, which are both overwritten.
+
+        Those of slots that aren't ready mean nothing.
+        """
 
     def block_state(self, slot: int) -> dict[str, Any]:
         """Plain tensors and numbers from which `load_block_state` restores the slot bit for bit."""
@@ -63,10 +66,11 @@ class ShampooPreconditioner:
                 accumulate(part, grads[chosen], dim, beta)
                 factor[chosen] = part
 
-    def apply(self, vectors: Tensor) -> Tensor:
+    def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """Multiplies every preconditioned dimension by its inverse root; for a matrix X_L V X_R."""
         for root, dim in zip(self.roots, self.blocks[0].preconditioned, strict=True):
-            vectors = mode_product(root, vectors, dim)
+            mode_product(root, vectors, dim, scratch)
+            vectors, scratch = scratch, vectors
         return vectors
 
     def statistic(self, slot: int, factor: int, beta: float) -> Tensor:
@@ -95,12 +99,18 @@ class ShampooPreconditioner:
         self.ready[slot] = bool(state["ready"])
 
 
-def mode_product(matrix: Tensor, stacked: Tensor, dim: int) -> Tensor:
-    """Multiplies dimension `dim` of stacked blocks [n, d_0, .., d_k] by symmetric matrices [n, d_dim, d_dim]."""
+def mode_product(matrix: Tensor, stacked: Tensor, dim: int, out: Tensor) -> None:
+    """Multiplies dimension `dim` of stacked blocks [n, d_0, .., d_k] by symmetric matrices [n, d_dim, d_dim].
+
+    `stacked` and `out` are contiguous and of one shape, and distinct.
+    """
     shape = stacked.shape
     count, before, order = shape[0], shape[1 : dim + 1].numel(), shape[dim + 1]
     if before == 1:
-        return torch.bmm(matrix, stacked.reshape(count, order, -1)).view(shape)
-    if dim + 2 == len(shape):
-        return torch.bmm(stacked.reshape(count, before, order), matrix).view(shape)
-    return torch.matmul(matrix.unsqueeze(1), stacked.reshape(count, before, order, -1)).view(shape)
+        torch.bmm(matrix, stacked.view(count, order, -1), out=out.view(count, order, -1))
+    elif dim + 2 == len(shape):
+        torch.bmm(stacked.view(count, before, order), matrix, out=out.view(count, before, order))
+    else:
+        torch.matmul(
+            matrix.unsqueeze(1), stacked.view(count, before, order, -1), out=out.view(count, before, order, -1)
+        )

@@ -1,5 +1,6 @@
 """Blocks tile a parameter exactly once, under identities that no sharding changes."""
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def test_merging_keeps_the_size_and_two_dims(shape: tuple[int, ...], limit: int)
     if len(dims) <= 2:
         assert merged == dims
     if len(merged) > 2:
-        assert all(a * b > limit for a, b in zip(merged, merged[1:], strict=False))
+        assert all(a * b > limit for a, b in itertools.pairwise(merged))
 
 
 @pytest.mark.parametrize(
