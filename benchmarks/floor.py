@@ -55,9 +55,7 @@ class Floor:
         return asdict(self) | {name: getattr(self, name) for name in times}
 
 
-def step_floor(
-    blocks: Iterable[Block], numel: int, gemm_flops_per_second: float, bytes_per_second: float
-) -> Floor:
+def step_floor(blocks: Iterable[Block], numel: int, gemm_flops_per_second: float, bytes_per_second: float) -> Floor:
     """The floor of one step without roots.
 
     Args:

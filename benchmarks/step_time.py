@@ -70,9 +70,7 @@ def main() -> None:
     probe = machine.RateProbe(BLOCK_SIZE, numel)
     race(lanes, corpus, probe, args.steps, args.seed)
     results = [summarize(lane) for lane in lanes]
-    floor = step_floor(
-        model_blocks(lanes[0].model), numel, probe.gemm_flops_per_second, probe.bytes_per_second
-    )
+    floor = step_floor(model_blocks(lanes[0].model), numel, probe.gemm_flops_per_second, probe.bytes_per_second)
     print(f"model: {numel / 1e6:.2f}M parameters, {floor.blocks} blocks of {BLOCK_SIZE} at most\n")
     print(results_table(results))
     print()
@@ -83,15 +81,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     names = [contender.name for contender in CONTENDERS]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--steps", type=int, default=60, help=f"steps to run; the first {UNCOUNTED_STEPS} don't count"
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="NAME", help=f"some of {', '.join(names)}"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help=f"steps to run; the first {UNCOUNTED_STEPS} don't count")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of {', '.join(names)}")
     parser.add_argument("--data", type=Path, help="a text file or folder, in the corpus's place")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
@@ -158,9 +150,7 @@ def summarize(lane: Lane) -> Result:
         mean_ms=statistics.mean(times),
         median_ms=statistics.median(times),
         max_ms=max(times),
-        without_roots_ms=median(
-            [ms for step, ms in counted if has_roots and not contender.takes_roots(step)]
-        ),
+        without_roots_ms=median([ms for step, ms in counted if has_roots and not contender.takes_roots(step)]),
         with_roots_ms=median([ms for step, ms in counted if contender.takes_roots(step)]),
         state_bytes=lane.state_bytes(),
         loss=statistics.mean(lane.losses[-LOSS_OVER_LAST:]),
