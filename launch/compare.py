@@ -30,9 +30,7 @@ class Run:
     def final_loss(self) -> float:
         """The mean training loss over the last steps."""
         return float(
-            trailing_mean([record["loss"] for record in self.records], smoothing_window(len(self.records)))[
-                -1
-            ]
+            trailing_mean([record["loss"] for record in self.records], smoothing_window(len(self.records)))[-1]
         )
 
     @property
@@ -86,7 +84,7 @@ def reached_training_loss(run: Run, baseline: Run) -> Reached | None:
     if len(run.records) < window:
         return None
     means = trailing_mean([record["loss"] for record in run.records], window)
-    return _reached(run.records[window - 1 :], means, baseline.final_loss, baseline)
+    return _reached(run.records[window - 1 :], means.tolist(), baseline.final_loss, baseline)
 
 
 def reached_validation_loss(run: Run, baseline: Run) -> Reached | None:
@@ -97,9 +95,7 @@ def reached_validation_loss(run: Run, baseline: Run) -> Reached | None:
     return _reached(run.validation, losses, baseline.validation[-1]["val_loss"], baseline)
 
 
-def _reached(
-    records: Sequence[Record], losses: Sequence[float], target: float, baseline: Run
-) -> Reached | None:
+def _reached(records: Sequence[Record], losses: Sequence[float], target: float, baseline: Run) -> Reached | None:
     end = baseline.records[-1]
     for record, loss in zip(records, losses, strict=True):
         if loss <= target:
@@ -115,13 +111,9 @@ def report(runs: Sequence[Run], baseline: Run) -> str:
     for run in runs:
         end, loss = run.records[-1], run.final_loss
         validation = f"{run.validation[-1]['val_loss']:.4f}" if run.validation else "-"
-        lines.append(
-            f"{run.name:{width}}  {loss:10.4f}  {validation:>8}  {end['step']:6}  {end['seconds']:8.1f}"
-        )
+        lines.append(f"{run.name:{width}}  {loss:10.4f}  {validation:>8}  {end['step']:6}  {end['seconds']:8.1f}")
     window = smoothing_window(len(baseline.records))
-    lines.append(
-        f"\ntrain loss: the mean over {window} steps. The final losses of {baseline.name} were reached by"
-    )
+    lines.append(f"\ntrain loss: the mean over {window} steps. The final losses of {baseline.name} were reached by")
     for run in runs:
         if run is not baseline:
             for kind, reached in (

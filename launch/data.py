@@ -59,9 +59,7 @@ def load_corpus(path: Path | None, context: int) -> Corpus:
     train, validation = split([read_bytes(file) for file in files])
     for name, part in (("training", train), ("validation", validation)):
         if part.size <= context:
-            raise CorpusError(
-                f"{source}: too small: {part.size} bytes of {name} text, context {context} needs more"
-            )
+            raise CorpusError(f"{source}: too small: {part.size} bytes of {name} text, context {context} needs more")
     return Corpus(source, train, validation)
 
 
@@ -86,9 +84,7 @@ def find_texts(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise CorpusError(f"{path}: no such file or folder")
-    files = sorted(
-        file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))
-    )
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
     texts = [file for file in files if file.suffix == ".txt"] or [file for file in files if _is_text(file)]
     if not texts:
         raise CorpusError(f"{path}: no text files in this folder")

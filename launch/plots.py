@@ -37,9 +37,7 @@ def trailing_mean(values: Sequence[float], window: int) -> npt.NDArray[np.float6
 
 def plot_losses(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
     """Draws the runs' losses over steps and over seconds of training into one PNG."""
-    figure, (over_steps, over_seconds) = plt.subplots(
-        1, 2, figsize=(13, 5), sharey=True, layout="constrained"
-    )
+    figure, (over_steps, over_seconds) = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     for axes, key, label in ((over_steps, "step", "step"), (over_seconds, "seconds", "seconds of training")):
         for number, (name, records) in enumerate(runs.items()):
             _draw(axes, name, records, key, f"C{number}")

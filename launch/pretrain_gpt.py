@@ -56,23 +56,21 @@ class Trainer:
         self.folder = folder
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.micro_batches = engine.gradient_accumulation_steps() * self.world_size
+        self.micro_batches: int = engine.gradient_accumulation_steps() * self.world_size
 
     def run(self) -> None:
         """Trains from the engine's step on to the last one asked for."""
         arguments, first = self.arguments, self.engine.global_steps
         last = min(arguments.steps, arguments.stop_at or arguments.steps)
         recorder = Recorder(self.folder.path, first) if self.rank == 0 else None
-        with tqdm(
-            total=arguments.steps, initial=first, disable=self.rank != 0, unit="step", smoothing=0.1
-        ) as bar:
+        with tqdm(total=arguments.steps, initial=first, disable=self.rank != 0, unit="step", smoothing=0.1) as bar:
             for step in range(first + 1, last + 1):
                 record, duration = self._step(step)
                 if step % arguments.eval_interval == 0 or step == arguments.steps:
                     record["val_loss"] = self._evaluate()
                 if recorder:
                     recorder.write(record, duration)
-                bar.set_postfix_str(_progress(record))
+                bar.set_postfix_str(_progress(record), refresh=False)
                 bar.update()
                 if step % arguments.save_interval == 0 or step == last:
                     self._save()
@@ -116,7 +114,7 @@ class Trainer:
             engine.step()
             total += loss.detach()
         dist.all_reduce(total)
-        return total.item() / self.micro_batches
+        return float(total) / self.micro_batches
 
     @torch.no_grad()
     def _evaluate(self) -> float:
@@ -147,9 +145,7 @@ class Trainer:
     def _save(self) -> None:
         self.folder.save(self.engine)
         if self.rank == 0:
-            plot_losses(
-                {self.folder.path.name: read_metrics(self.folder.path)}, self.folder.path / "loss.png"
-            )
+            plot_losses({self.folder.path.name: read_metrics(self.folder.path)}, self.folder.path / "loss.png")
 
 
 def main() -> None:
@@ -183,9 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser.add_argument("--name", help="name of the run (default: that of the JSON file)")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder of all runs (default: %(default)s)"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="text file or folder of text (default: Gutenberg's books)")
     parser.add_argument("--steps", type=positive, default=400, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--stop-at", type=positive, help="stop at this step; a later call goes on to --steps")
@@ -203,9 +197,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     for name in ("layers", "d_model", "heads", "context"):
         flag, default = "--" + name.replace("_", "-"), getattr(size, name)
-        parser.add_argument(
-            flag, type=positive, default=default, help="size of the model (default: %(default)s)"
-        )
+        parser.add_argument(flag, type=positive, default=default, help="size of the model (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.d_model % arguments.heads:
         parser.error(f"--d-model {arguments.d_model} must be divisible by --heads {arguments.heads}")
@@ -271,9 +263,7 @@ def build(arguments: argparse.Namespace, config: dict[str, Any]) -> tuple[deepsp
     """The engine around a new model, and the optimizer that the JSON names."""
     torch.manual_seed(arguments.seed)
     model = GPT(model_config(arguments))
-    engine, optimizer, _, _ = ds_shampoo.initialize(
-        model=model, model_parameters=model.parameters(), config=config
-    )
+    engine, optimizer, _, _ = ds_shampoo.initialize(model=model, model_parameters=model.parameters(), config=config)
     return engine, optimizer
 
 

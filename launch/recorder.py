@@ -33,9 +33,7 @@ class Recorder:
     def __init__(self, run: Path, step: int) -> None:
         """Drops records of steps after `step`, which the run is about to repeat."""
         self._path = run / METRICS
-        kept = (
-            [record for record in read_metrics(run) if record["step"] <= step] if self._path.exists() else []
-        )
+        kept = [record for record in read_metrics(run) if record["step"] <= step] if self._path.exists() else []
         self._replace(kept)
         self._seconds: float = kept[-1]["seconds"] if kept else 0.0
 

@@ -13,8 +13,8 @@ from typing import Any
 import deepspeed.comm as dist
 from deepspeed import DeepSpeedEngine
 
-# Keys of config.json in which a resumed run may differ: how long it is, and what follows from that.
-FREE_KEYS = frozenset({"steps", "deepspeed.scheduler.params.total_num_steps"})
+# Where a resumed run's config.json may differ: in the run's length and in the names of files.
+FREE_KEYS = ("steps", "deepspeed.scheduler.params.total_num_steps", "deepspeed.tensorboard", "data.source")
 
 
 class RunError(ValueError):
@@ -38,9 +38,9 @@ class RunFolder:
     def check_resumable(self, config: Mapping[str, Any]) -> None:
         """Raises RunError where a checkpoint was made with a configuration that `config` doesn't continue."""
         saved, wanted = (dict(_flatten(c)) for c in (json.loads(self._config.read_text()), config))
-        for key in sorted((saved.keys() | wanted.keys()) - FREE_KEYS):
+        for key in sorted(saved.keys() | wanted.keys()):
             before, now = saved.get(key), wanted.get(key)
-            if before != now:
+            if before != now and not key.startswith(FREE_KEYS):
                 raise RunError(
                     f"{self.path} was made with {key} = {before!r}, this call has {now!r}; "
                     "give this run another --name, or remove the old one"

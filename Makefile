@@ -1,0 +1,88 @@
+# Sets everything up in .venv, trains, tests and checks. `make help` lists the targets.
+
+PYTHON ?= python3
+OPTIMIZER ?= shampoo
+CONFIG ?= configs/gpt_zero2_$(OPTIMIZER).json
+NAME ?= $(OPTIMIZER)
+STEPS ?=
+DATA ?=
+SEED ?=
+
+VENV := .venv
+DONE := $(VENV)/.done
+ACTIVATE := . $(VENV)/bin/activate &&
+SETUP := VENV=$(VENV) PYTHON=$(PYTHON) launch/setup.sh
+
+# Private to this environment: two that share a folder rebuild each other's ops.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+
+GPUS_FOUND := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+ifeq ($(GPUS_FOUND),0)
+# A rank is a process on the CPU; one thread each, since threads of several ranks on the same cores only wait.
+GPUS ?= 2
+export DS_ACCELERATOR := cpu
+export OMP_NUM_THREADS := 1
+else
+GPUS ?= $(GPUS_FOUND)
+endif
+
+FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup pretrain test coverage lint wheel-test clean unlock
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
+	@echo
+	@echo "make pretrain takes OPTIMIZER=shampoo|adamw GPUS=ranks STEPS= SEED= NAME= DATA=file-or-folder CONFIG=json"
+
+setup: $(DONE)/ops $(if $(DATA),,data/gutenberg)  ## the environment, DeepSpeed's ops and the corpus
+
+pretrain: setup unlock  ## pretrain a GPT through the deepspeed launcher; call again to resume
+	$(ACTIVATE) deepspeed --num_gpus $(GPUS) --master_port $$(python -c '$(FREE_PORT)') \
+		launch/pretrain_gpt.py --deepspeed_config $(CONFIG) --name $(NAME) \
+		$(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) $(if $(DATA),--data $(DATA))
+
+test: $(DONE)/ops unlock  ## the tests; leaves coverage data for `make coverage`
+	rm -f .coverage .coverage.*
+	$(ACTIVATE) coverage run -m pytest
+	$(ACTIVATE) coverage combine --quiet
+
+coverage: $(DONE)/package  ## what the last `make test` covered, at least 90 per cent of the package
+	$(ACTIVATE) coverage report --fail-under 90
+
+lint: $(DONE)/package  ## ruff, its formatter, and mypy --strict on the package
+	$(ACTIVATE) ruff check .
+	$(ACTIVATE) ruff format --check .
+	$(ACTIVATE) mypy --strict ds_shampoo
+
+wheel-test: $(DONE)/package  ## the README's example, run from the built wheel in an empty environment
+	BUILDER=$(VENV)/bin/python PYTHON=$(PYTHON) tests/wheel_test.sh
+
+clean:  ## remove the environment and everything built; runs and corpus stay
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(DONE)/venv:
+	$(SETUP) venv
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/torch: $(DONE)/venv
+	$(SETUP) torch
+	@touch $@
+
+$(DONE)/package: $(DONE)/torch pyproject.toml setup.py
+	$(SETUP) package
+	@touch $@
+
+$(DONE)/ops: $(DONE)/package | unlock
+	$(SETUP) ops
+	@touch $@
+
+# A process that was killed while it loaded an op leaves a lock on which every later one waits for ever.
+unlock:
+	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
+
+# Order-only: fetched once. Where it can't be had, training says so and uses another text.
+data/gutenberg: | $(DONE)/package
+	$(ACTIVATE) python launch/fetch_gutenberg.py

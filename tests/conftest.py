@@ -1,0 +1,33 @@
+"""What all tests share: CPU ranks of one thread, and worker processes that live as long as the session."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Before torch or DeepSpeed is imported, here and in every worker that inherits the environment.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+sys.path.insert(0, str(ROOT))
+
+from tests.distributed.pool import WorkerPool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], WorkerPool]]:
+    """`pools(world_size)`: processes that form a gloo group, started at the first use and kept over all tests."""
+    running: dict[int, WorkerPool] = {}
+
+    def pool(world_size: int) -> WorkerPool:
+        if world_size not in running or not running[world_size].alive:
+            running[world_size] = WorkerPool(world_size)
+        return running[world_size]
+
+    yield pool
+    for workers in running.values():
+        workers.close()

@@ -1,0 +1,231 @@
+"""What the workers run: the real DeepSpeed engine on a small GPT and real text, and the same job without DeepSpeed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import ds_shampoo
+from ds_shampoo import Shampoo
+from launch.model import GPT, GPTConfig
+
+GLOBAL_BATCH = 8
+CONTEXT = 16
+
+# Blocks of 24 on dims of 32, 96 and 128: many blocks, remainders, and borders of ranks that run through them.
+SHAMPOO = {"lr": 3e-3, "block_size": 24, "root_interval": 5, "weight_decay": 0.01}
+
+
+@dataclass
+class Trace:
+    """What a job left: mean loss per step, all parameters flat in fp32, and what the optimizer counted on this rank."""
+
+    losses: list[float]
+    start: np.ndarray
+    end: np.ndarray
+    metrics: dict[str, float]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def build_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(layers=2, d_model=32, heads=2, context=CONTEXT))
+
+
+def batch(step: int) -> Tensor:
+    """The windows [GLOBAL_BATCH, CONTEXT + 1] of one step, out of the standard library's own source."""
+    text = torch.from_numpy(np.frombuffer(Path(argparse.__file__).read_bytes(), dtype=np.uint8).copy()).long()
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(len(text) - CONTEXT - 1, (GLOBAL_BATCH,), generator=generator)
+    return torch.stack([text[start : start + CONTEXT + 1] for start in starts.tolist()])
+
+
+def flat(model: nn.Module) -> np.ndarray:
+    return torch.cat([p.detach().float().reshape(-1) for p in model.parameters()]).numpy()
+
+
+def alone(
+    steps: int, settings: dict[str, Any], clip: float = 0.0, groups: Callable[[nn.Module], Any] | None = None
+) -> Trace:
+    """The reference: one process, `Shampoo` as a plain torch optimizer, no DeepSpeed."""
+    model = build_model()
+    optimizer = Shampoo(groups(model) if groups else model.parameters(), model=model, **settings)
+    start, losses = flat(model), []
+    for step in range(steps):
+        windows = batch(step)
+        loss = model(windows[:, :-1], windows[:, 1:])
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    exp_avg = torch.cat([optimizer.state[p]["exp_avg"].reshape(-1) for p in model.parameters()]).numpy()
+    return Trace(losses, start, flat(model), optimizer.metrics(), {"exp_avg": exp_avg})
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Three param groups: matrices, matrices with settings of their own, and what is not decayed."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and "mlp" not in name]
+    wide = [p for name, p in model.named_parameters() if p.dim() > 1 and "mlp" in name]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    return [
+        {"params": matrices},
+        {"params": wide, "lr": 1e-3, "block_size": 40, "statistics_beta": 0.9},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+
+
+def engine_config(
+    settings: dict[str, Any], stage: int, world_size: int, accumulation: int = 1, precision: str = "fp32", **other: Any
+) -> dict[str, Any]:
+    """A DeepSpeed config of the job; `other` is merged in, `zero` into the ZeRO section."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**6,
+        "optimizer": {"type": "Shampoo", "params": settings},
+        "zero_optimization": {"stage": stage, **other.pop("zero", {})},
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+    return {**config, **other}
+
+
+@contextlib.contextmanager
+def engine_of(config: dict[str, Any], groups: Callable[[nn.Module], Any] | None = None, plain: bool = False) -> Iterator[Any]:
+    """The engine through `ds_shampoo.initialize`, or `plain`ly through DeepSpeed's own with the flag in the config."""
+    import deepspeed
+
+    model = build_model()
+    parameters = groups(model) if groups else None
+    if plain:
+        config = {**copy.deepcopy(config), "zero_allow_untested_optimizer": True}
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    else:
+        engine, *_ = ds_shampoo.initialize(model=model, model_parameters=parameters, config=config)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def train(engine: Any, first: int, steps: int) -> list[float]:
+    """Steps `first`, ... of the job on the engine; every rank must hold the same parameters after each of them."""
+    import deepspeed.comm as dist
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    losses = []
+    for step in range(first, first + steps):
+        mine = batch(step).chunk(world_size)[rank]
+        total = torch.zeros(())
+        for windows in mine.chunk(engine.gradient_accumulation_steps()):
+            loss = engine(windows[:, :-1], windows[:, 1:])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().float() / engine.gradient_accumulation_steps()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item() / world_size)
+        digest = hashlib.sha256(flat(engine.module).tobytes()).hexdigest()
+        digests = [None] * world_size
+        torch.distributed.all_gather_object(digests, digest)
+        assert len(set(digests)) == 1, f"the ranks' parameters differ after step {step}"
+    return losses
+
+
+def job(
+    config: dict[str, Any], steps: int, groups: Callable[[nn.Module], Any] | None = None, plain: bool = False
+) -> Trace:
+    """The job from its beginning."""
+    with engine_of(config, groups, plain) as engine:
+        start = flat(engine.module)
+        losses = train(engine, 0, steps)
+        return Trace(losses, start, flat(engine.module), engine.basic_optimizer.metrics())
+
+
+def first_moments(config: dict[str, Any], steps: int) -> np.ndarray:
+    """`exp_avg` of all parameters as DeepSpeed's own interface puts it together."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    with engine_of(config) as engine:
+        train(engine, 0, steps)
+        parts = [safe_get_full_optimizer_state(p, "exp_avg") for p in engine.module.parameters()]
+        return torch.cat([part.reshape(-1) for part in parts]).numpy()
+
+
+def overflowing(config: dict[str, Any], steps: int) -> tuple[int, bool, list[float]]:
+    """Runs into fp16 overflow: how many steps were skipped, and whether a skipped step left every byte alone."""
+    with engine_of(config) as engine:
+        optimizer, untouched, skipped = engine.basic_optimizer, True, 0
+        losses: list[float] = []
+        for step in range(steps):
+            before = fingerprint(engine, optimizer)
+            losses += train(engine, step, 1)
+            if engine.skipped_steps > skipped:
+                skipped = engine.skipped_steps
+                untouched &= fingerprint(engine, optimizer) == before
+            else:
+                assert fingerprint(engine, optimizer) != before
+        return skipped, untouched, losses
+
+
+def fingerprint(engine: Any, optimizer: Shampoo) -> str:
+    """A hash of every tensor and number of the optimizer's state, and of the parameters."""
+    digest = hashlib.sha256(flat(engine.module).tobytes())
+
+    def take(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                digest.update(str(key).encode())
+                take(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                take(item)
+        else:
+            digest.update(repr(value).encode())
+
+    state = optimizer.state_dict()
+    take({"state": state["state"], "blocks": state["blocks"]})
+    return digest.hexdigest()
+
+
+def resumed(config: dict[str, Any], folder: str, save_at: int, steps: int) -> tuple[list[float], list[float], bool, bool]:
+    """A run that saves at `save_at` and goes on, and one that loads that checkpoint into a new engine.
+
+    Returns:
+        Both runs' losses after the save, whether their parameters end bit-equal, and their states too.
+    """
+    with engine_of(config) as engine:
+        train(engine, 0, save_at)
+        engine.save_checkpoint(folder, tag="half")
+        losses = train(engine, save_at, steps - save_at)
+        end, state = flat(engine.module), fingerprint(engine, engine.basic_optimizer)
+    with engine_of(config) as engine:
+        engine.load_checkpoint(folder, tag="half")
+        again = train(engine, save_at, steps - save_at)
+        same_state = fingerprint(engine, engine.basic_optimizer) == state
+        return losses, again, np.array_equal(flat(engine.module), end), same_state
+
+
+def refused(config: dict[str, Any]) -> str:
+    """The message with which `initialize` refuses a config."""
+    try:
+        with engine_of(config):
+            return ""
+    except ValueError as error:
+        return str(error)

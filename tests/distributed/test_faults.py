@@ -1,0 +1,94 @@
+"""Overflow, checkpoints and refusals under the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import jobs
+from tests.distributed.jobs import SHAMPOO, engine_config
+from tests.distributed.pool import WorkerError, WorkerPool
+
+Pools = Callable[[int], WorkerPool]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_overflow_leaves_every_state_untouched(pools: Pools, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2, precision="fp16", gradient_clipping=1.0)
+    config["fp16"] |= {"initial_scale_power": 24, "hysteresis": 1}
+    for skipped, untouched, losses in pools(2).run(jobs.overflowing, config, 20):
+        assert skipped >= 3
+        assert untouched
+        assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "other"),
+    [(1, "fp32", {}), (1, "bf16", {}), (2, "fp32", {"root_refresh_threshold": 0.2}), (2, "fp16", {})],
+)
+def test_a_checkpoint_resumes_bit_for_bit(
+    pools: Pools, tmp_path: Path, stage: int, precision: str, other: dict[str, Any]
+) -> None:
+    config = engine_config({**SHAMPOO, **other}, stage, 2, precision=precision)
+    for before, after, same_end, same_state in pools(2).run(jobs.resumed, config, str(tmp_path), 7, 14):
+        assert before == after
+        assert same_end
+        assert same_state
+
+
+def test_one_rank_resumes_at_stage_0(pools: Pools, tmp_path: Path) -> None:
+    ((before, after, same_end, same_state),) = pools(1).run(
+        jobs.resumed, engine_config(SHAMPOO, 0, 1), str(tmp_path), 4, 8
+    )
+    assert before == after
+    assert same_end
+    assert same_state
+
+
+def test_a_checkpoint_without_this_ranks_factors_is_refused(pools: Pools, tmp_path: Path) -> None:
+    """At stage 0 DeepSpeed saves the optimizer of rank 0 alone."""
+    with pytest.raises(WorkerError, match=r"lacks the factors of \d+ of this rank's \d+ blocks.*ZeRO stage 0"):
+        pools(2).run(jobs.resumed, engine_config(SHAMPOO, 0, 2), str(tmp_path), 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled = true at zero_optimization.stage = 0"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}},
+            "zero_optimization.elastic_checkpoint = true",
+        ),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled = true"),
+    ],
+    ids=["stage3", "fp16-stage0", "offload", "elastic", "autocast"],
+)
+def test_what_is_not_supported_is_refused_by_name(pools: Pools, change: dict[str, Any], named: str) -> None:
+    config = {**engine_config(SHAMPOO, 0, 2), **change}
+    for message in pools(2).run(jobs.refused, config):
+        assert named in message
+
+
+@pytest.mark.parametrize(
+    ("params", "named"),
+    [
+        ({"root_intervall": 5}, "'root_intervall' = 5: unknown key; did you mean 'root_interval'?"),
+        ({"block_size": 0}, "'block_size' = 0"),
+        ({"betas": [0.9, 1.0]}, r"'betas[1]' = 1.0"),
+        ({"lr": "fast"}, "'lr' = 'fast'"),
+        ({"root_overlap": True}, "'root_overlap' = True"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_starts(
+    pools: Pools, params: dict[str, Any], named: str
+) -> None:
+    for message in pools(1).run(jobs.refused, engine_config(params, 2, 1)):
+        assert named in message

@@ -1,0 +1,131 @@
+"""One trajectory: every stage, number of ranks, accumulation and grouping follows the single-process run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed import jobs
+from tests.distributed.jobs import SHAMPOO, Trace, alone, engine_config
+from tests.distributed.pool import WorkerPool
+
+Pools = Callable[[int], WorkerPool]
+STEPS = 20
+
+# Distance between two runs' parameters after 20 steps, relative to how far they moved. The runs do the same fp32
+# arithmetic in another order (sums over ranks, over parts of a batch, over parts of a norm), so they differ by some
+# rounding units of 6e-8, which the roots amplify where statistics are near singular.
+FP32 = 1e-5
+# bf16 keeps 8 bits: forward and backward passes, and the gradients' reduction, are rounded by 2^-9 each, in an order
+# that depends on the ranks; Adam's step length turns that into a change of some per cent wherever a gradient is small.
+BF16 = 0.1
+# fp16 keeps 11 bits: eight times finer.
+FP16 = 0.03
+
+
+def distance(run: Trace, reference: Trace) -> float:
+    assert np.array_equal(run.start, reference.start) or np.allclose(run.start, reference.start, atol=1e-2)
+    return float(np.linalg.norm(run.end - reference.end) / np.linalg.norm(reference.end - reference.start))
+
+
+def check(traces: list[Trace], reference: Trace, tolerance: float) -> None:
+    """The ranks agree with each other to the bit and with the reference to the tolerance, and Shampoo was on."""
+    for trace in traces:
+        assert np.array_equal(trace.end, traces[0].end)
+    assert distance(traces[0], reference) <= tolerance
+    assert traces[0].losses == pytest.approx(reference.losses, rel=max(tolerance, 1e-5))
+    preconditioned = sum(trace.metrics["preconditioned_blocks"] for trace in traces)
+    assert preconditioned == reference.metrics["preconditioned_blocks"] > 0
+    assert sum(t.metrics["root_updates"] for t in traces) == reference.metrics["root_updates"] > 0
+    assert sum(t.metrics["root_fallbacks"] + t.metrics["roots_rejected"] for t in traces) == 0
+
+
+@pytest.fixture(scope="module")
+def reference() -> Trace:
+    return alone(STEPS, SHAMPOO)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_fp32(pools: Pools, reference: Trace, world_size: int, stage: int) -> None:
+    traces = pools(world_size).run(jobs.job, engine_config(SHAMPOO, stage, world_size), STEPS)
+    check(traces, reference, FP32)
+    moved = sum(trace.metrics["exchange_bytes"] for trace in traces)
+    assert (moved > 0) == (world_size > 1)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"momentum": "after", "grafting": "rmsprop_normalized"},
+        {"grafting": "adam_normalized", "statistics_interval": 2},
+        {"grafting": "none", "lr": 1e-4, "start_preconditioning_step": 4},
+        {"embedding": "one_sided", "statistics_beta": 1.0, "grafting": "adagrad", "nesterov": False},
+        {"embedding": "blocked", "max_preconditioner_dim": 100, "decoupled_weight_decay": False},
+        {"exchange_dtype": "bfloat16"},
+    ],
+    ids=lambda changed: "-".join(map(str, changed.values())),
+)
+@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (4, 2)])
+def test_settings(pools: Pools, changed: dict[str, Any], world_size: int, stage: int) -> None:
+    settings = {**SHAMPOO, **changed}
+    # Rounding to bf16 happens to every block, sent or not, but fp32 noise before it can tip a rounding over.
+    tolerance = 1e-3 if "exchange_dtype" in changed else FP32
+    traces = pools(world_size).run(jobs.job, engine_config(settings, stage, world_size), STEPS)
+    check(traces, alone(STEPS, settings), tolerance)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_accumulation_clipping_and_groups(pools: Pools, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2, accumulation=4, gradient_clipping=0.2)
+    traces = pools(2).run(jobs.job, config, STEPS, jobs.decay_groups)
+    check(traces, alone(STEPS, SHAMPOO, clip=0.2, groups=jobs.decay_groups), FP32)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("option", ["round_robin_gradients", "parameter_alignment"])
+def test_other_orders_of_the_flat_buffer(pools: Pools, reference: Trace, stage: int, option: str) -> None:
+    traces = pools(4).run(jobs.job, engine_config(SHAMPOO, stage, 4, zero={option: True}), STEPS)
+    check(traces, reference, FP32)
+
+
+@pytest.mark.parametrize(
+    ("stage", "other"),
+    [(0, {}), (1, {}), (1, {"data_types": {"grad_accum_dtype": "bf16"}}), (2, {})],
+    ids=["0", "1-BF16_Optimizer", "1", "2"],
+)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_bf16(pools: Pools, reference: Trace, world_size: int, stage: int, other: dict[str, Any]) -> None:
+    config = engine_config(SHAMPOO, stage, world_size, precision="bf16", **other)
+    check(pools(world_size).run(jobs.job, config, STEPS), reference, BF16)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_fp16(pools: Pools, reference: Trace, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2, precision="fp16")
+    check(pools(2).run(jobs.job, config, STEPS), reference, FP16)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_both_ways_in_give_the_same_bits(pools: Pools, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2)
+    ours, plain = (pools(2).run(jobs.job, config, 6, plain=plain)[0] for plain in (False, True))
+    assert np.array_equal(ours.end, plain.end)
+    assert ours.metrics == plain.metrics
+
+
+def test_without_preconditioning_the_run_is_another(pools: Pools, reference: Trace) -> None:
+    off = engine_config({**SHAMPOO, "start_preconditioning_step": STEPS + 1}, 2, 2)
+    trace = pools(2).run(jobs.job, off, STEPS)[0]
+    assert trace.metrics["preconditioned_blocks"] == 0
+    assert distance(trace, reference) > 0.2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_first_moments_lie_where_deepspeed_looks_for_them(pools: Pools, stage: int) -> None:
+    expected = alone(6, SHAMPOO).extra["exp_avg"]
+    for found in pools(2).run(jobs.first_moments, engine_config(SHAMPOO, stage, 2), 6):
+        assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)

@@ -1,0 +1,122 @@
+"""The pretraining program under the real launchers, two ranks, on real text: what a stranger runs first."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recorder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+STEPS, HALF = 6, 3
+
+# A very small model; learning starts at step 3, since DeepSpeed's warm-up gives the first two steps rate 0.
+SMALL = ["--layers", "1", "--d-model", "32", "--heads", "2", "--context", "32", "--eval-windows", "8"]
+SMALL += ["--steps", str(STEPS), "--save-interval", str(HALF), "--eval-interval", str(HALF)]
+SMALL += ["--data", str(ROOT / "docs" / "algorithm.md")]
+
+
+def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the program on two CPU ranks with `deepspeed` or `torchrun`, output and errors in `stdout`."""
+    programs = Path(sys.executable).parent
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    ranks = {
+        "deepspeed": ["--num_gpus", "2", "--master_port", port],
+        "torchrun": ["--nproc_per_node", "2", "--master_port", port],
+    }
+    # The ops' compiler is looked for on the path.
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
+    command = [programs / launcher, *ranks[launcher], ROOT / "launch" / "pretrain_gpt.py", *arguments]
+    return subprocess.run(
+        [str(part) for part in command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+
+
+def train(launcher: str, config: Path, runs: Path, *more: object) -> str:
+    """A run that has to succeed; returns what it printed."""
+    done = launch(launcher, "--deepspeed_config", config, "--runs", runs, *SMALL, *more)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def check_finished(run: Path, optimizer: str) -> None:
+    """Everything that a run leaves behind is there, and its losses are finite."""
+    records = read_metrics(run)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert all(math.isfinite(record["loss"]) for record in records)
+    assert [record["step"] for record in records if "val_loss" in record] == [HALF, STEPS]
+    assert json.loads((run / "config.json").read_text())["deepspeed"]["optimizer"]["type"] == optimizer
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.*"))
+    assert (run / "checkpoint" / "latest").read_text() == f"global_step{STEPS}"
+    if optimizer == "Shampoo":
+        assert records[-1]["preconditioned_blocks"] > 0
+        assert records[-1]["root_age_max"] == STEPS - 1, "the roots of step 1 must be in force"
+
+
+def trajectory(run: Path) -> list[dict[str, Any]]:
+    """What a resumed run has to repeat; timings and the counters of one process are left out."""
+    repeated = ("step", "loss", "lr", "tokens", "grad_norm", "val_loss", "preconditioned_blocks", "root_age_mean")
+    return [{key: record.get(key) for key in repeated} for record in read_metrics(run)]
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+    config = CONFIGS / "gpt_zero2_shampoo.json"
+    printed = train("deepspeed", config, tmp_path, "--name", "straight")
+    assert "validation loss" in printed
+    straight = tmp_path / "straight"
+    check_finished(straight, "Shampoo")
+
+    # As a kill between the two checkpoints would leave it: steps recorded that no checkpoint has.
+    resumed = tmp_path / "resumed"
+    shutil.copytree(straight, resumed)
+    (resumed / "checkpoint" / "latest").write_text(f"global_step{HALF}")
+    shutil.rmtree(resumed / "checkpoint" / f"global_step{STEPS}")
+    printed = train("torchrun", config, tmp_path, "--name", "resumed")
+    assert f"from step {HALF} to {STEPS}" in printed
+    check_finished(resumed, "Shampoo")
+    assert trajectory(resumed) == trajectory(straight)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "config", "optimizer"),
+    [
+        ("torchrun", "gpt_zero0_shampoo", "Shampoo"),
+        ("torchrun", "gpt_zero1_bf16_shampoo", "Shampoo"),
+        ("torchrun", "gpt_zero2_adamw", "AdamW"),
+    ],
+)
+def test_every_configuration_trains(tmp_path: Path, launcher: str, config: str, optimizer: str) -> None:
+    train(launcher, CONFIGS / f"{config}.json", tmp_path)
+    check_finished(tmp_path / config, optimizer)
+
+
+def test_a_misspelt_key_is_refused_before_training(tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "gpt_zero2_shampoo.json").read_text())
+    config["optimizer"]["params"]["root_intervall"] = config["optimizer"]["params"].pop("root_interval")
+    misspelt = tmp_path / "misspelt.json"
+    misspelt.write_text(json.dumps(config))
+    done = launch("deepspeed", "--deepspeed_config", misspelt, "--runs", tmp_path, *SMALL)
+    assert done.returncode != 0
+    assert "root_intervall" in done.stdout
+    assert "did you mean 'root_interval'" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (tmp_path / "misspelt" / "metrics.jsonl").exists()

@@ -1,0 +1,66 @@
+"""A run's folder over stops and resumes: records cut back to the resumed step, and no other run resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recorder import Recorder, read_metrics
+from run_folder import RunError, RunFolder
+
+
+def test_a_resume_drops_what_it_will_repeat_and_goes_on_counting_seconds(tmp_path: Path) -> None:
+    first = Recorder(tmp_path, 0)
+    for step in range(1, 6):
+        first.write({"step": step}, duration=2.0)
+    Recorder(tmp_path, 3).write({"step": 4}, duration=5.0)
+    assert [(record["step"], record["seconds"]) for record in read_metrics(tmp_path)] == [
+        (1, 2.0),
+        (2, 4.0),
+        (3, 6.0),
+        (4, 11.0),
+    ]
+
+
+def test_a_new_start_drops_everything(tmp_path: Path) -> None:
+    Recorder(tmp_path, 0).write({"step": 1}, duration=1.0)
+    Recorder(tmp_path, 0)
+    assert read_metrics(tmp_path) == []
+
+
+CONFIG = {
+    "steps": 10,
+    "seed": 0,
+    "data": {"source": "a.txt", "training_bytes": 100},
+    "deepspeed": {"optimizer": {"params": {"lr": 1e-3}}, "tensorboard": {"output_path": "runs/a"}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(CONFIG)
+    return folder
+
+
+def test_length_and_file_names_may_change(folder: RunFolder) -> None:
+    moved = CONFIG | {"steps": 20, "data": {"source": "b.txt", "training_bytes": 100}}
+    moved["deepspeed"] = {"optimizer": {"params": {"lr": 1e-3}}, "tensorboard": {"output_path": "runs/b"}}
+    folder.check_resumable(moved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed = 0, this call has 1"),
+        ({"deepspeed": {"optimizer": {"params": {"lr": 2e-3}}}}, "optimizer.params.lr = 0.001, this call has 0.002"),
+    ],
+)
+def test_another_run_is_not_resumed(folder: RunFolder, change: dict[str, object], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        folder.check_resumable(CONFIG | change)
+
+
+def test_without_a_checkpoint_nothing_is_saved(folder: RunFolder) -> None:
+    assert folder.saved_step() == 0
