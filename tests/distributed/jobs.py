@@ -22,8 +22,9 @@ from launch.model import GPT, GPTConfig
 GLOBAL_BATCH = 8
 CONTEXT = 16
 
-# Blocks of 24 on dims of 32, 96 and 128: many blocks, remainders, and borders of ranks that run through them.
-SHAMPOO = {"lr": 3e-3, "block_size": 24, "root_interval": 5, "weight_decay": 0.01}
+# Blocks of 24 on dims of 32, 96 and 128: many blocks, remainders, and borders of ranks that run through them. The
+# ridge stands well above the rounding of fp32 statistics; see FP32 in test_parity.py.
+SHAMPOO = {"lr": 3e-3, "block_size": 24, "root_interval": 5, "weight_decay": 0.01, "matrix_epsilon": 1e-3}
 
 
 @dataclass
@@ -55,14 +56,21 @@ def flat(model: nn.Module) -> np.ndarray:
 
 
 def alone(
-    steps: int, settings: dict[str, Any], clip: float = 0.0, groups: Callable[[nn.Module], Any] | None = None
+    steps: int,
+    settings: dict[str, Any],
+    clip: float = 0.0,
+    groups: Callable[[nn.Module], Any] | None = None,
+    shuffled: bool = False,
 ) -> Trace:
-    """The reference: one process, `Shampoo` as a plain torch optimizer, no DeepSpeed."""
+    """The reference: one process, `Shampoo` as a plain torch optimizer, no DeepSpeed.
+
+    `shuffled` takes each batch's windows in reverse order: the same sums with other rounding.
+    """
     model = build_model()
     optimizer = Shampoo(groups(model) if groups else model.parameters(), model=model, **settings)
     start, losses = flat(model), []
     for step in range(steps):
-        windows = batch(step)
+        windows = batch(step).flip(0) if shuffled else batch(step)
         loss = model(windows[:, :-1], windows[:, 1:])
         loss.backward()
         if clip:
