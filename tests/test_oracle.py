@@ -1,0 +1,313 @@
+"""The optimizer against an oracle: docs/algorithm.md written down once more, plainly, slowly, in fp64.
+
+The oracle knows nothing of stacks, shards, chunks or panels: it loops over parameters and blocks, and takes roots by
+an eigendecomposition. It shares no code with the package.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_shampoo import Shampoo
+
+STEPS = 30
+
+# ‖θ - θ_oracle‖ / ‖θ_oracle - θ_0‖ at every step. fp32 rounds by 6e-8; what a ridge of 1e-3 amplifies of it stays
+# about 1e-6.
+TOLERANCE = 1e-5
+
+DEFAULTS: dict[str, Any] = {
+    "lr": 0.02,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": True,
+    "momentum": "before",
+    "nesterov": True,
+    "grafting": "adam",
+    "block_size": 8,
+    "max_preconditioner_dim": None,
+    "merge_small_dims": True,
+    "embedding": "diagonal",
+    "matrix_epsilon": 1e-3,
+    "inverse_exponent_override": None,
+    "start_preconditioning_step": 1,
+    "statistics_beta": 0.9,
+    "statistics_interval": 1,
+    "root_interval": 3,
+    "root_refresh_threshold": 0.0,
+}
+
+SHAPES = {
+    "tall.weight": (20, 12),
+    "conv.weight": (6, 4, 3, 3),
+    "cube.weight": (5, 9, 10),
+    "wte.weight": (30, 7),
+    "bias": (11,),
+    "scalar": (),
+    "row.weight": (1, 13),
+}
+
+
+class Oracle:
+    """Shampoo on fp64 copies of named parameters."""
+
+    def __init__(self, params: dict[str, Tensor], **settings: Any) -> None:
+        self.s = {**DEFAULTS, **settings}
+        self.params = {name: p.detach().double().clone() for name, p in params.items()}
+        self.t = dict.fromkeys(params, 0)
+        self.m = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.blocks = {name: self.cut(name, tuple(p.shape)) for name, p in self.params.items()}
+
+    def cut(self, name: str, shape: tuple[int, ...]) -> dict[str, Any] | None:
+        """Section 1: the merged shape, which dims are preconditioned, and the blocks as tuples of slices."""
+        s = self.s
+        dims = [d for d in shape if d > 1]
+        if len(dims) < 2:
+            return None
+        vocabulary = name.startswith("wte")
+        if vocabulary and s["embedding"] == "diagonal":
+            return None
+        if s["merge_small_dims"]:
+            i = len(dims) - 2
+            while i >= 0 and len(dims) > 2:
+                if dims[i] * dims[i + 1] <= s["block_size"]:
+                    dims[i : i + 2] = [dims[i] * dims[i + 1]]
+                i -= 1
+        limit = s["max_preconditioner_dim"] or math.inf
+        on = [i for i, d in enumerate(dims) if d <= limit]
+        if vocabulary and s["embedding"] == "one_sided":
+            on = [i for i in on if i != 0]
+        if not on:
+            return None
+        cuts = []
+        for i, d in enumerate(dims):
+            size = s["block_size"] if i in on else d
+            cuts.append([slice(a, min(a + size, d)) for a in range(0, d, size)])
+        places = list(itertools.product(*cuts))
+        state = [
+            {"L": [torch.zeros(b[i].stop - b[i].start, b[i].stop - b[i].start).double() for i in on], "n": 0}
+            for b in places
+        ]
+        for block in state:
+            block["X"], block["A0"] = [None] * len(on), [None] * len(on)
+        return {"shape": dims, "on": on, "places": places, "state": state}
+
+    def step(self, grads: dict[str, Tensor | None]) -> None:
+        for name, grad in grads.items():
+            if grad is not None:
+                self.step_one(name, grad.double())
+
+    def step_one(self, name: str, g: Tensor) -> None:
+        s, p = self.s, self.params[name]
+        b1, b2 = s["betas"]
+        self.t[name] += 1
+        t = self.t[name]
+        if not s["decoupled_weight_decay"]:
+            g = g + s["weight_decay"] * p
+        if s["momentum"] == "before":
+            self.m[name] = b1 * self.m[name] + (1 - b1) * g
+            x = self.unbiased(self.m[name], g, t)
+        else:
+            x = g
+        u = self.grafting(name, g, x, t)
+        if self.blocks[name] is not None:
+            u = self.precondition(name, g, x, u, t)
+        if s["momentum"] == "after":
+            self.m[name] = b1 * self.m[name] + (1 - b1) * u
+            u = self.unbiased(self.m[name], u, t)
+        if s["decoupled_weight_decay"]:
+            p = p * (1 - s["lr"] * s["weight_decay"])
+        self.params[name] = p - s["lr"] * u
+
+    def unbiased(self, m: Tensor, value: Tensor, t: int) -> Tensor:
+        b1 = self.s["betas"][0]
+        if self.s["nesterov"]:
+            return (b1 * m + (1 - b1) * value) / (1 - b1 ** (t + 1))
+        return m / (1 - b1**t)
+
+    def grafting(self, name: str, g: Tensor, x: Tensor, t: int) -> Tensor:
+        method, b2, eps = self.s["grafting"], self.s["betas"][1], self.s["eps"]
+        if method.endswith("_normalized"):
+            g, x, method = self.normalized(name, g), self.normalized(name, x), method.removesuffix("_normalized")
+        if method in ("none", "sgd"):
+            return x
+        if method == "adagrad":
+            self.v[name] = self.v[name] + g**2
+            return x / (self.v[name].sqrt() + eps)
+        self.v[name] = b2 * self.v[name] + (1 - b2) * g**2
+        v = self.v[name] / (1 - b2**t) if method == "adam" else self.v[name]
+        return x / (v.sqrt() + eps)
+
+    def normalized(self, name: str, value: Tensor) -> Tensor:
+        blocks = self.blocks[name]
+        out = value.clone()
+        parts = [out] if blocks is None else [out.view(blocks["shape"])[place] for place in blocks["places"]]
+        for part in parts:
+            norm = part.norm()
+            if norm > 0:
+                part /= norm
+        return out
+
+    def precondition(self, name: str, g: Tensor, x: Tensor, a: Tensor, t: int) -> Tensor:
+        s, blocks = self.s, self.blocks[name]
+        assert blocks is not None
+        g, x, u = g.view(blocks["shape"]), x.reshape(blocks["shape"]), a.clone().view(blocks["shape"])
+        b = s["statistics_beta"]
+        for place, block in zip(blocks["places"], blocks["state"], strict=True):
+            if (t - 1) % s["statistics_interval"] == 0:
+                block["n"] += 1
+                for k, i in enumerate(blocks["on"]):
+                    rows = g[place].movedim(i, 0).flatten(1)
+                    block["L"][k] = b * block["L"][k] + (1 - b if b < 1 else 1) * rows @ rows.T
+            start = s["start_preconditioning_step"]
+            if t < start:
+                continue
+            if (t - start) % s["root_interval"] == 0:
+                for k in range(len(blocks["on"])):
+                    self.root(block, k, 2 * len(blocks["on"]))
+            if any(root is None for root in block["X"]):
+                continue
+            d = x[place]
+            for root, i in zip(block["X"], blocks["on"], strict=True):
+                d = torch.tensordot(root, d, dims=([1], [i])).movedim(0, i)
+            if s["grafting"] != "none":
+                d = d * (u[place].norm() / d.norm()) if d.norm() > 0 else torch.zeros_like(d)
+            u[place] = d
+        return u.view(a.shape)
+
+    def root(self, block: dict[str, Any], k: int, p: int) -> None:
+        s = self.s
+        p = s["inverse_exponent_override"] or p
+        b, former = s["statistics_beta"], block["A0"][k]
+        a = block["L"][k] / (1 - b ** block["n"] if b < 1 else 1)
+        if not a.any():
+            return
+        if s["root_refresh_threshold"] > 0 and former is not None:
+            if (a / a.norm() - former / former.norm()).norm() < s["root_refresh_threshold"]:
+                block["X"][k] = block["X"][k] * (a.norm() / former.norm()) ** (-1 / p)
+                block["A0"][k] = former * (a.norm() / former.norm())
+                return
+        w, q = torch.linalg.eigh(a)
+        block["X"][k] = q @ torch.diag((w + s["matrix_epsilon"] * w[-1]) ** (-1 / p)) @ q.T
+        block["A0"][k] = a
+
+
+def gradients(step: int) -> dict[str, Tensor]:
+    """Gradients with a structure to learn: a fixed low-rank part, noise, and a scale that changes over the run."""
+    out = {}
+    for number, (name, shape) in enumerate(SHAPES.items()):
+        fixed = torch.Generator().manual_seed(number)
+        noise = torch.Generator().manual_seed(1000 * (step + 1) + number)
+        scale = torch.logspace(0, -2, shape[0] if shape else 1).view(-1, *(1,) * (max(len(shape), 1) - 1))
+        mean = torch.randn(shape, generator=fixed)
+        value = (mean * 0.5 + torch.randn(shape, generator=noise)) * scale.view(scale.shape if shape else ())
+        out[name] = value * (1 + 0.5 * math.sin(step))
+    return out
+
+
+def follow(settings: dict[str, Any], package_only: dict[str, Any] | None = None) -> tuple[float, Shampoo]:
+    """Both take the same 30 steps; returns the largest distance on the way, over all parameters together."""
+    start = {name: torch.randn(shape, generator=torch.Generator().manual_seed(7)) for name, shape in SHAPES.items()}
+    params = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
+    chosen = {**DEFAULTS, **settings}
+    optimizer = Shampoo(params.items(), **chosen, **(package_only or {}))
+    oracle = Oracle(start, **settings)
+    worst = 0.0
+    for step in range(STEPS):
+        grads = gradients(step)
+        for name, p in params.items():
+            p.grad = grads[name].clone()
+        optimizer.step()
+        oracle.step(grads)
+        apart = sum(float((params[n].detach().double() - q).norm()) ** 2 for n, q in oracle.params.items()) ** 0.5
+        moved = sum(float((q - start[n].double()).norm()) ** 2 for n, q in oracle.params.items()) ** 0.5
+        worst = max(worst, apart / moved)
+    assert optimizer.metrics()["preconditioned_blocks"] > 0
+    assert optimizer.metrics()["root_fallbacks"] == 0
+    return worst, optimizer
+
+
+METHODS = ["none", "sgd", "adagrad", "rmsprop", "adam"] + [
+    f"{method}_normalized" for method in ("sgd", "adagrad", "rmsprop", "adam")
+]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("momentum", ["before", "after"])
+@pytest.mark.parametrize("grafting", METHODS)
+def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> None:
+    # Steps of norm 1 per block need a larger rate to move weights of size 1 by more than their own rounding.
+    lr = 0.3 if grafting == "sgd_normalized" else DEFAULTS["lr"]
+    worst, _ = follow({"grafting": grafting, "momentum": momentum, "nesterov": nesterov, "lr": lr})
+    assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"statistics_beta": 0.5},
+        {"statistics_beta": 1.0},
+        {"statistics_beta": 1.0, "grafting": "adagrad", "statistics_interval": 4},
+        {"statistics_interval": 3, "root_interval": 5},
+        {"start_preconditioning_step": 7, "root_interval": 4},
+        {"root_interval": 1},
+        {"embedding": "one_sided"},
+        {"embedding": "blocked"},
+        {"max_preconditioner_dim": 9},
+        {"max_preconditioner_dim": 9, "embedding": "one_sided"},
+        {"inverse_exponent_override": 3},
+        {"block_size": 5},
+        {"block_size": 64},
+        {"block_size": 40, "merge_small_dims": False},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": False},
+        {"betas": (0.0, 0.99), "nesterov": False},
+        {"matrix_epsilon": 1e-2, "eps": 1e-3},
+    ],
+    ids=lambda settings: "-".join(f"{key}={value}" for key, value in settings.items()),
+)
+def test_settings(settings: dict[str, Any]) -> None:
+    worst, _ = follow(settings)
+    assert worst <= TOLERANCE
+
+
+def test_newton() -> None:
+    worst, _ = follow({"block_size": 6}, {"root_method": "newton"})
+    assert worst <= TOLERANCE
+
+
+def test_adaptive_refresh() -> None:
+    worst, optimizer = follow({"root_refresh_threshold": 0.25})
+    assert worst <= TOLERANCE
+    assert optimizer.metrics()["roots_skipped"] > 0
+
+
+def test_the_default_ridge() -> None:
+    """Within a ridge of 1e-6 the rounding of fp32 statistics shows; see TOLERANCE."""
+    worst, _ = follow({"matrix_epsilon": 1e-6})
+    assert worst <= 1e-3
+
+
+def test_the_oracle_notices_a_wrong_exponent() -> None:
+    """A test that can't fail proves nothing: another root's order is far outside the tolerance."""
+    worst, _ = follow({}, {})
+    params = {"tall.weight": torch.nn.Parameter(torch.ones(SHAPES["tall.weight"]))}
+    start = {name: p.detach().clone() for name, p in params.items()}
+    optimizer = Shampoo(params.items(), **{**DEFAULTS, "inverse_exponent_override": 5})
+    oracle = Oracle(start)
+    for step in range(5):
+        grads = {"tall.weight": gradients(step)["tall.weight"]}
+        params["tall.weight"].grad = grads["tall.weight"].clone()
+        optimizer.step()
+        oracle.step(grads)
+    apart = (params["tall.weight"].detach().double() - oracle.params["tall.weight"]).norm()
+    moved = (oracle.params["tall.weight"] - start["tall.weight"].double()).norm()
+    assert apart / moved > 1000 * max(worst, 1e-7)
