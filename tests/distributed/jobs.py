@@ -114,7 +114,9 @@ def engine_config(
 
 
 @contextlib.contextmanager
-def engine_of(config: dict[str, Any], groups: Callable[[nn.Module], Any] | None = None, plain: bool = False) -> Iterator[Any]:
+def engine_of(
+    config: dict[str, Any], groups: Callable[[nn.Module], Any] | None = None, plain: bool = False
+) -> Iterator[Any]:
     """The engine through `ds_shampoo.initialize`, or `plain`ly through DeepSpeed's own with the flag in the config."""
     import deepspeed
 
@@ -212,7 +214,9 @@ def fingerprint(engine: Any, optimizer: Shampoo) -> str:
     return digest.hexdigest()
 
 
-def resumed(config: dict[str, Any], folder: str, save_at: int, steps: int) -> tuple[list[float], list[float], bool, bool]:
+def resumed(
+    config: dict[str, Any], folder: str, save_at: int, steps: int
+) -> tuple[list[float], list[float], bool, bool]:
     """A run that saves at `save_at` and goes on, and one that loads that checkpoint into a new engine.
 
     Returns:

@@ -36,7 +36,9 @@ class WorkerPool:
             port = probe.getsockname()[1]
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs, self._log(rank)), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, port, theirs, self._log(rank)), daemon=True
+            )
             process.start()
             self._workers.append((process, ours))
 

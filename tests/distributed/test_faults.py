@@ -87,8 +87,6 @@ def test_what_is_not_supported_is_refused_by_name(pools: Pools, change: dict[str
         ({"root_overlap": True}, "'root_overlap' = True"),
     ],
 )
-def test_a_wrong_setting_is_refused_before_anything_starts(
-    pools: Pools, params: dict[str, Any], named: str
-) -> None:
+def test_a_wrong_setting_is_refused_before_anything_starts(pools: Pools, params: dict[str, Any], named: str) -> None:
     for message in pools(1).run(jobs.refused, engine_config(params, 2, 1)):
         assert named in message
