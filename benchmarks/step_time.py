@@ -27,7 +27,7 @@ UNCOUNTED_STEPS = 2
 LR_WARMUP_STEPS = 20
 LOSS_OVER_LAST = 10
 PROBE_EVERY = 3
-# The targets for the median step without roots.
+# What the median step without roots should stay within.
 FLOOR_TARGET = 1.5
 MUON_TARGET = 1.0
 # Below this share of the fp32 gemm rate a processor only emulates bfloat16, and Muon's step takes seconds.

@@ -366,7 +366,7 @@ def test_parameters_that_are_refused() -> None:
         Shampoo([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
     with pytest.raises(TypeError, match="not str"):
         Shampoo(["weight"])
-    with pytest.raises(ValueError, match="duplicate|more than one"):
+    with pytest.raises(ValueError, match=r"duplicate|more than one"):
         Shampoo([{"params": [param]}, {"params": [param]}])
     with pytest.raises(SettingsError, match="'w' is used twice"):
         Shampoo([("w", param), ("w", parameter(2, 2))])

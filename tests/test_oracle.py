@@ -107,7 +107,7 @@ class Oracle:
 
     def step_one(self, name: str, g: Tensor) -> None:
         s, p = self.s, self.params[name]
-        b1, b2 = s["betas"]
+        b1 = s["betas"][0]
         self.t[name] += 1
         t = self.t[name]
         if not s["decoupled_weight_decay"]:
@@ -190,11 +190,11 @@ class Oracle:
         a = block["L"][k] / (1 - b ** block["n"] if b < 1 else 1)
         if not a.any():
             return
-        if s["root_refresh_threshold"] > 0 and former is not None:
-            if (a / a.norm() - former / former.norm()).norm() < s["root_refresh_threshold"]:
-                block["X"][k] = block["X"][k] * (a.norm() / former.norm()) ** (-1 / p)
-                block["A0"][k] = former * (a.norm() / former.norm())
-                return
+        near = s["root_refresh_threshold"]
+        if near > 0 and former is not None and (a / a.norm() - former / former.norm()).norm() < near:
+            block["X"][k] = block["X"][k] * (a.norm() / former.norm()) ** (-1 / p)
+            block["A0"][k] = former * (a.norm() / former.norm())
+            return
         w, q = torch.linalg.eigh(a)
         block["X"][k] = q @ torch.diag((w + s["matrix_epsilon"] * w[-1]) ** (-1 / p)) @ q.T
         block["A0"][k] = a

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the wheel with BUILDER, a Python that has setuptools, installs it into an empty environment made by PYTHON,
-# and runs the README's example from there, far from the source tree.
+# and runs the README's example from there through the deepspeed launcher, far from the source tree.
 set -euo pipefail
 
 builder=${BUILDER:-.venv/bin/python}
@@ -22,5 +22,5 @@ cd "$work/empty"
 source "$VENV/bin/activate" # DeepSpeed looks for ninja on the path
 python -c "import ds_shampoo; assert ds_shampoo.__file__.startswith('$VENV'), ds_shampoo.__file__"
 echo "running the README's example:"
-python ../example.py
+deepspeed --num_gpus 2 --master_port "${MASTER_PORT:-29573}" ../example.py
 echo "the wheel works"
