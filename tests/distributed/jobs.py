@@ -21,6 +21,8 @@ from launch.model import GPT, GPTConfig
 
 GLOBAL_BATCH = 8
 CONTEXT = 16
+LOSS_SCALE_POWER = 8
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Blocks of 24 on dims of 32, 96 and 128: many blocks, remainders, and borders of ranks that run through them. The
 # ridge stands well above the rounding of fp32 statistics; see FP32 in test_parity.py.
@@ -61,24 +63,30 @@ def alone(
     clip: float = 0.0,
     groups: Callable[[nn.Module], Any] | None = None,
     shuffled: bool = False,
+    precision: torch.dtype = torch.float32,
 ) -> Trace:
     """The reference: one process, `Shampoo` as a plain torch optimizer, no DeepSpeed.
 
-    `shuffled` takes each batch's windows in reverse order: the same sums with other rounding.
+    `shuffled` takes each batch's windows in reverse order: the same sums with other rounding. `precision` is that of
+    the forward and backward passes; the optimizer steps fp32 master weights.
     """
-    model = build_model()
-    optimizer = Shampoo(groups(model) if groups else model.parameters(), model=model, **settings)
+    model = build_model().to(precision)
+    master = copy.deepcopy(model).float()
+    optimizer = Shampoo(groups(master) if groups else master.parameters(), model=master, **settings)
+    scale = 2.0**LOSS_SCALE_POWER if precision == torch.float16 else 1.0
     start, losses = flat(model), []
     for step in range(steps):
         windows = batch(step).flip(0) if shuffled else batch(step)
         loss = model(windows[:, :-1], windows[:, 1:])
-        loss.backward()
+        (loss * scale).backward()
+        for weight, p in zip(master.parameters(), model.parameters(), strict=True):
+            weight.grad, p.grad = p.grad.float() / scale, None
         if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            nn.utils.clip_grad_norm_(master.parameters(), clip)
         optimizer.step()
-        optimizer.zero_grad()
+        model.load_state_dict(master.state_dict())
         losses.append(loss.item())
-    exp_avg = torch.cat([optimizer.state[p]["exp_avg"].reshape(-1) for p in model.parameters()]).numpy()
+    exp_avg = torch.cat([optimizer.state[p]["exp_avg"].reshape(-1) for p in master.parameters()]).numpy()
     return Trace(losses, start, flat(model), optimizer.metrics(), {"exp_avg": exp_avg})
 
 
@@ -109,7 +117,7 @@ def engine_config(
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
     if precision == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+        config["fp16"] = {"enabled": True, "initial_scale_power": LOSS_SCALE_POWER}
     return {**config, **other}
 
 

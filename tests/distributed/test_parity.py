@@ -21,15 +21,16 @@ STEPS = 20
 # 1 / matrix_epsilon: with the 1e-3 of these jobs to about 1e-6, with the default 1e-6 to below 1e-3. One process
 # that merely takes the windows of a batch in another order is as far off (test_the_default_ridge).
 FP32 = 1e-5
-# bf16 keeps 8 bits: forward and backward passes, and the gradients' reduction, are rounded by 2^-9 each, in an order
-# that depends on the ranks; Adam's step length turns that into a change of some per cent wherever a gradient is small.
-BF16 = 0.1
-# fp16 keeps 11 bits: eight times finer.
-FP16 = 0.03
+# In bf16 and fp16 the reference's own forward and backward passes run in that precision. One rank then gives its bits;
+# on more, parts of a batch are rounded (2^-9 and 2^-12) before they are summed, and Adam's step length turns that into
+# a change of up to a per cent where a gradient is small: 1.2e-2 and 5e-3 here, 1.0e-2 and 2e-3 for a batch in
+# another order. How far bf16 itself leads away from fp32 is another matter, that of the processor's kernels.
+BF16 = 0.03
+FP16 = 0.01
 
 
 def distance(run: Trace, reference: Trace) -> float:
-    assert np.array_equal(run.start, reference.start) or np.allclose(run.start, reference.start, atol=1e-2)
+    assert np.array_equal(run.start, reference.start)
     return float(np.linalg.norm(run.end - reference.end) / np.linalg.norm(reference.end - reference.start))
 
 
@@ -38,7 +39,7 @@ def check(traces: list[Trace], reference: Trace, tolerance: float) -> None:
     for trace in traces:
         assert np.array_equal(trace.end, traces[0].end)
     assert distance(traces[0], reference) <= tolerance
-    assert traces[0].losses == pytest.approx(reference.losses, rel=max(tolerance, 1e-5))
+    assert traces[0].losses == pytest.approx(reference.losses, rel=tolerance)
     preconditioned = sum(trace.metrics["preconditioned_blocks"] for trace in traces)
     assert preconditioned == reference.metrics["preconditioned_blocks"] > 0
     assert sum(t.metrics["root_updates"] for t in traces) == reference.metrics["root_updates"] > 0
@@ -104,21 +105,37 @@ def test_other_orders_of_the_flat_buffer(pools: Pools, reference: Trace, stage: 
     check(traces, reference, FP32)
 
 
+@pytest.fixture(scope="module")
+def half_references() -> dict[str, Trace]:
+    return {name: alone(STEPS, SHAMPOO, precision=jobs.PRECISIONS[name]) for name in ("bf16", "fp16")}
+
+
 @pytest.mark.parametrize(
-    ("stage", "other"),
-    [(0, {}), (1, {}), (1, {"data_types": {"grad_accum_dtype": "bf16"}}), (2, {})],
-    ids=["0", "1-BF16_Optimizer", "1", "2"],
+    ("precision", "stage", "options"),
+    [
+        ("bf16", 0, {}),
+        ("bf16", 1, {}),
+        ("bf16", 1, {"data_types": {"grad_accum_dtype": "bf16"}}),
+        ("bf16", 2, {}),
+        ("fp16", 1, {}),
+        ("fp16", 2, {}),
+    ],
+    ids=["bf16-0", "bf16-1-BF16_Optimizer", "bf16-1", "bf16-2", "fp16-1", "fp16-2"],
 )
-@pytest.mark.parametrize("world_size", [1, 4])
-def test_bf16(pools: Pools, reference: Trace, world_size: int, stage: int, other: dict[str, Any]) -> None:
-    config = engine_config(SHAMPOO, stage, world_size, precision="bf16", **other)
-    check(pools(world_size).run(jobs.job, config, STEPS), reference, BF16)
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_fp16(pools: Pools, reference: Trace, stage: int) -> None:
-    config = engine_config(SHAMPOO, stage, 2, precision="fp16")
-    check(pools(2).run(jobs.job, config, STEPS), reference, FP16)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_half_precision(
+    pools: Pools,
+    half_references: dict[str, Trace],
+    world_size: int,
+    precision: str,
+    stage: int,
+    options: dict[str, Any],
+) -> None:
+    config = engine_config(SHAMPOO, stage, world_size, precision=precision, **options)
+    traces = pools(world_size).run(jobs.job, config, STEPS)
+    check(traces, half_references[precision], {"bf16": BF16, "fp16": FP16}[precision])
+    if world_size == 1:
+        assert np.array_equal(traces[0].end, half_references[precision].end)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
