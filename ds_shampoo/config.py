@@ -6,7 +6,33 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+
+
+def parse_cores(cores: object) -> object:
+    """A list of cores, also from a string like "0-3,8", as DeepSpeed's `--bind_core_list` takes it; "auto" stays.
+
+    Raises:
+        ValueError: for anything else, and for a core that is named twice.
+    """
+    if cores == "auto":
+        return cores
+    if isinstance(cores, str):
+        cores = [core for part in cores.split(",") for core in _core_run(part.strip())]
+    if not isinstance(cores, list) or not cores or not all(type(core) is int and core >= 0 for core in cores):
+        raise ValueError('must be "auto", a list of core numbers, or a string like "0-3,8"')
+    if len(set(cores)) < len(cores):
+        raise ValueError("must not name a core twice")
+    return cores
+
+
+def _core_run(text: str) -> list[object]:
+    """The cores of "5" or "2-4"; [None] for anything else."""
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        return [None]
+    return [*range(int(first), int(last if dash else first) + 1)] or [None]
+
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -63,16 +89,16 @@ class ShampooConfig(GroupSettings):
     """Everything the JSON's `optimizer.params` section may hold: the group settings and the job-wide ones."""
 
     exchange_dtype: Literal["float32", "bfloat16"] = "float32"
-    root_overlap: bool = False
-    root_delay: PositiveInt | None = None
+    root_overlap: bool = True
+    root_delay: Annotated[int, Field(ge=0)] | None = None
     root_threads: PositiveInt | None = None
-    root_cores: Literal["auto"] | list[Annotated[int, Field(ge=0)]] = "auto"
+    root_cores: Annotated[Literal["auto"] | list[int], BeforeValidator(parse_cores)] = "auto"
+    # Seconds that one root may take; a thread at it for longer is taken to hang.
+    root_timeout: Annotated[float, Field(gt=0)] = 120.0
 
 
 _Settings = TypeVar("_Settings", bound=GroupSettings)
 
-# The keys that say how host threads compute roots beside the training step.
-_OVERLAP_KEYS = ("root_overlap", "root_delay", "root_threads", "root_cores")
 _JOB_KEYS = frozenset(ShampooConfig.model_fields) - frozenset(GroupSettings.model_fields)
 
 
@@ -84,14 +110,25 @@ def parse(settings: Mapping[str, Any]) -> ShampooConfig:
             not available.
     """
     config = _validate(ShampooConfig, settings)
-    changed = [key for key in _OVERLAP_KEYS if getattr(config, key) != ShampooConfig.model_fields[key].default]
-    if changed:
+    if config.root_overlap and config.root_delay == 0:
         raise SettingsError(
-            f"Shampoo setting '{changed[0]}' = {getattr(config, changed[0])!r}: roots on background host "
-            "threads are not available yet; leave out root_overlap, root_delay, root_threads and root_cores "
-            "(roots are then computed within the step, every root_interval steps)"
+            "Shampoo setting 'root_delay' = 0: with root_overlap a root is put in force 1 to root_interval steps "
+            "after its statistics; for roots computed within the step set root_overlap to false"
         )
+    check_delay(config, config.root_delay)
     return config
+
+
+def check_delay(settings: GroupSettings, delay: int | None) -> None:
+    """Refuses a delay that is longer than the settings' interval.
+
+    Raises:
+        SettingsError: naming both.
+    """
+    if delay is not None and delay > settings.root_interval:
+        raise SettingsError(
+            f"Shampoo setting 'root_delay' = {delay}: must be at most root_interval, which is {settings.root_interval}"
+        )
 
 
 def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupSettings:
@@ -130,7 +167,9 @@ def _validate(model: type[_Settings], settings: Mapping[str, Any]) -> _Settings:
         if first["type"] == "extra_forbidden":
             raise _unknown(key, settings[key], model.model_fields) from None
         place = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
-        raise SettingsError(f"Shampoo setting '{key}{place}' = {first['input']!r}: {first['msg']}") from None
+        raise SettingsError(
+            f"Shampoo setting '{key}{place}' = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
 def _unknown(key: str, value: object, known: Iterable[str]) -> SettingsError:

@@ -17,12 +17,14 @@ from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.config import GroupSettings
 from ds_shampoo.elementwise import TensorStep
 from ds_shampoo.host.roots import RootCounts, RootKeeper
-from ds_shampoo.host.schedule import RootSchedule
+from ds_shampoo.host.schedule import RootSchedule, stagger
+from ds_shampoo.host.service import RootService
 from ds_shampoo.sharding.exchange import ExchangePlan, StackPlace
 from ds_shampoo.sharding.fragments import Piece, pieces_of
 from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
 from ds_shampoo.sharding.ownership import assign, fingerprint
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
+from ds_shampoo.stopwatch import Stopwatch
 
 _EXCHANGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,9 +51,17 @@ class ShardedGroup:
         exchange_dtype: str,
         device: torch.device,
         loads: list[float],
+        service: RootService,
+        stopwatch: Stopwatch,
+        first_place: int,
     ) -> None:
-        """`loads` is what each rank carries from other groups already; this group's share is added to it."""
+        """
+        Args:
+            loads: what each rank carries from other groups already; this group's share is added to it.
+            first_place: how many blocks other groups have, for their boundaries to stand beside this one's.
+        """
         self.partition, self._device = partition, device
+        self._service, self._stopwatch = service, stopwatch
         self.shapes = {parameter.name: parameter.shape for parameter in parameters}
         placed = {fragment.parameter for fragment in partition.fragments}
         self.blocked = {
@@ -65,7 +75,7 @@ class ShardedGroup:
         for owner, load in zip(self.owners, costs, strict=True):
             loads[owner] += load
         self.counts = RootCounts()
-        self._stack_owned()
+        self._stack_owned(stagger(self.blocks, first_place))
         self.plan = ExchangePlan(
             self.blocks,
             pieces,
@@ -106,21 +116,13 @@ class ShardedGroup:
         if not present:
             return
         self.last_step = max(tensor.step for tensor in present)
-        if self._scaler is None:
-            for tensor in present:
-                tensor.filter_and_graft()
-        else:
-            for tensor in present:
-                tensor.filter()
-            grads = self._scaler.normalized(_each(tensors, "grad"))
-            vectors = self._scaler.normalized(_each(tensors, "vector"))
-            for stepping, unit_grad, unit_vector in zip(tensors, grads, vectors, strict=True):
-                if stepping is not None and unit_grad is not None and unit_vector is not None:
-                    stepping.graft(unit_grad, unit_vector)
+        with self._stopwatch.phase("elementwise"):
+            self._filter_and_graft(tensors)
         if self.blocks:
             self._precondition(tensors, settings)
-        for tensor in present:
-            tensor.finish()
+        with self._stopwatch.phase("elementwise"):
+            for tensor in present:
+                tensor.finish()
 
     def slots(self) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
         """Every owned block with the stack, the root keeper and the slot that hold its state."""
@@ -130,27 +132,45 @@ class ShardedGroup:
             for slot, block in enumerate(stack.blocks)
         ]
 
+    def _filter_and_graft(self, tensors: Sequence[TensorStep | None]) -> None:
+        if self._scaler is None:
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.filter_and_graft()
+            return
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.filter()
+        grads = self._scaler.normalized(_each(tensors, "grad"))
+        vectors = self._scaler.normalized(_each(tensors, "vector"))
+        for stepping, unit_grad, unit_vector in zip(tensors, grads, vectors, strict=True):
+            if stepping is not None and unit_grad is not None and unit_vector is not None:
+                stepping.graft(unit_grad, unit_vector)
+
     def _precondition(self, tensors: Sequence[TensorStep | None], settings: GroupSettings) -> None:
-        """Statistics, then roots at a boundary, then the directions of the blocks whose roots are in force."""
-        schedule = RootSchedule(
-            settings.start_preconditioning_step, settings.statistics_interval, settings.root_interval
-        )
+        """Statistics, then roots that are begun or due, then the directions of the blocks whose roots are in force."""
+        schedule = RootSchedule.of(settings)
         steps = {tensor.step for tensor in tensors if tensor is not None}
         gathered, scratch = self._workspace()
-        sent = 0
+        self.exchange_bytes = 0
         if any(schedule.statistics_due(step) for step in steps):
-            self.plan.gather(_each(tensors, "grad"), gathered)
-            sent += self.plan.gather_bytes
+            self._gather(tensors, "grad", gathered)
         for stack, keeper, grads in zip(self.stacks, self._keepers, gathered, strict=True):
             clock = [self._step_of(block, tensors) for block in stack.blocks]
             due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
-            stack.update(grads, due, settings.statistics_beta)
-            keeper.refresh({slot: step for slot, step in enumerate(clock) if schedule.is_boundary(step)}, settings)
+            with self._stopwatch.phase("statistics"):
+                stack.update(grads, due, settings.statistics_beta)
+            keeper.advance(clock, settings)
         if any(schedule.preconditions(step) for step in steps):
-            self.plan.gather(_each(tensors, "vector"), gathered)
+            self._gather(tensors, "vector", gathered)
             self._write_directions(gathered, scratch, _each(tensors, "update"), settings)
-            sent += self.plan.gather_bytes + self.plan.scatter_bytes
-        self.exchange_bytes = sent
+
+    def _gather(
+        self, tensors: Sequence[TensorStep | None], name: Literal["grad", "vector"], stacks: Sequence[Tensor]
+    ) -> None:
+        with self._stopwatch.phase("exchange"):
+            self.plan.gather(_each(tensors, name), stacks)
+        self.exchange_bytes += self.plan.gather_bytes
 
     def _write_directions(
         self,
@@ -160,21 +180,24 @@ class ShardedGroup:
         settings: GroupSettings,
     ) -> None:
         """Overwrites the grafting steps of ready blocks by directions of the same norm."""
-        squares, flags = self._shared_norms(updates)
-        directions: list[Tensor] = []
-        for stack, rows, vector, spare in zip(self.stacks, self._rows, vectors, scratch, strict=True):
-            direction = stack.apply(vector, spare) if any(stack.ready) else vector.zero_()
-            if settings.grafting != "none":
-                norms = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-                scale = torch.where(norms > 0, squares[rows].sqrt() / norms, torch.zeros_like(norms))
-                direction.mul_(scale.view(-1, *(1,) * (direction.dim() - 1)))
-            directions.append(direction)
+        with self._stopwatch.phase("exchange"):
+            squares, flags = self._shared_norms(updates)
+        with self._stopwatch.phase("precondition"):
+            directions = [
+                _rescaled(
+                    stack.apply(vector, spare) if any(stack.ready) else vector.zero_(),
+                    squares[rows] if settings.grafting != "none" else None,
+                )
+                for stack, rows, vector, spare in zip(self.stacks, self._rows, vectors, scratch, strict=True)
+            ]
         ready = {
             ordinal: stack.ready[slot]
             for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
             for slot, ordinal in enumerate(ordinals)
         }
-        self.plan.scatter(directions, updates, ready, flags)
+        with self._stopwatch.phase("exchange"):
+            self.plan.scatter(directions, updates, ready, flags)
+        self.exchange_bytes += self.plan.scatter_bytes
 
     def _shared_norms(self, updates: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         """By ordinal: the squared norm of each block's grafting step, and above 0 where its owner is ready."""
@@ -207,7 +230,7 @@ class ShardedGroup:
                 pieces.extend(pieces_of(fragment, blocked.shape, numbered[fragment.parameter]))
         return pieces
 
-    def _stack_owned(self) -> None:
+    def _stack_owned(self, places: Sequence[int]) -> None:
         by_shape: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
         for ordinal, (block, owner) in enumerate(zip(self.blocks, self.owners, strict=True)):
             if owner == self.partition.rank:
@@ -222,7 +245,10 @@ class ShardedGroup:
             ShampooPreconditioner([self.blocks[ordinal] for ordinal in ordinals], self._device)
             for ordinals in self._ordinals
         ]
-        self._keepers = [RootKeeper(stack, self.counts) for stack in self.stacks]
+        self._keepers = [
+            RootKeeper(stack, [places[ordinal] for ordinal in ordinals], self._service, self.counts)
+            for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
+        ]
         self._rows = [torch.tensor(ordinals, device=self._device) for ordinals in self._ordinals]
         self._kept: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -261,6 +287,15 @@ def block_parameter(parameter: LogicalParameter, settings: GroupSettings) -> tup
         return blocked, ""
     wide = sum(dim > 1 for dim in parameter.shape) >= 2
     return None, "every dim is above max_preconditioner_dim" if wide else "fewer than two dims above 1"
+
+
+def _rescaled(directions: Tensor, squares: Tensor | None) -> Tensor:
+    """Stacked directions [n, *shape], each brought to the norm whose square is given; a zero one stays zero."""
+    if squares is None:
+        return directions
+    norms = torch.linalg.vector_norm(directions.flatten(1), dim=1)
+    scale = torch.where(norms > 0, squares.sqrt() / norms, torch.zeros_like(norms))
+    return directions.mul_(scale.view(-1, *(1,) * (directions.dim() - 1)))
 
 
 def _each(tensors: Sequence[TensorStep | None], name: Literal["grad", "vector", "update"]) -> list[Tensor | None]:

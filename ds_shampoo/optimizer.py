@@ -17,14 +17,17 @@ from ds_shampoo.config import (
     GroupSettings,
     SettingsError,
     ShampooConfig,
+    check_delay,
     group_settings,
     parse,
     parse_group,
 )
 from ds_shampoo.elementwise import new_state
 from ds_shampoo.group import ShardedGroup
+from ds_shampoo.host.service import RootService
 from ds_shampoo.report import render
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
+from ds_shampoo.stopwatch import Stopwatch
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -61,7 +64,13 @@ class Shampoo(Optimizer):
         root_refresh_threshold: skip a root whose statistic moved less than this; 0 never skips.
         max_root_failures: boundaries without a new root after which a block takes its grafting step.
         exchange_dtype: "float32" or "bfloat16", of what travels between ranks.
-        root_overlap, root_delay, root_threads, root_cores: roots on background host threads; not available yet.
+        root_overlap: compute roots on background host threads; False computes them within the step.
+        root_delay: steps from a root's statistics to the step at which it is put in force, at most root_interval;
+            None for half of that, or for 0 without root_overlap.
+        root_threads: root threads of this rank; None for one per core of its own that training leaves, up to 8.
+        root_cores: cores for the root threads of all ranks of a machine, a list or a string like "0-3,8"; "auto"
+            for each rank's own.
+        root_timeout: seconds after which a thread that is at one root is taken to hang.
         model: the module that the parameters belong to; gives them names and tells embeddings and heads.
         layout: how a host framework lays parameters out; None for whole parameters in one process.
 
@@ -95,25 +104,30 @@ class Shampoo(Optimizer):
         root_refresh_threshold: float = 0.0,
         max_root_failures: int = 5,
         exchange_dtype: Literal["float32", "bfloat16"] = "float32",
-        root_overlap: bool = False,
+        root_overlap: bool = True,
         root_delay: int | None = None,
         root_threads: int | None = None,
-        root_cores: Literal["auto"] | list[int] = "auto",
+        root_cores: str | list[int] = "auto",
+        root_timeout: float = 120.0,
         model: nn.Module | None = None,
         layout: Layout | None = None,
         **unknown: Any,
     ) -> None:
         settings = {key: value for key, value in locals().items() if key in ShampooConfig.model_fields}
         config = parse({**settings, **unknown})
-        self._exchange_dtype = config.exchange_dtype
+        self._config = config
         self._layout = layout if layout is not None else WholeLayout()
         self._names = selection.names(model) if model is not None else {}
         self._roles = selection.roles(model) if model is not None else {}
         self._logical: list[list[LogicalParameter]] = []
         self._groups: dict[int, ShardedGroup] = {}
         self._loads: dict[int, list[float]] = {}
+        self._stepped: set[int] = set()
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        self._service = RootService(config, device)
+        self._stopwatch = Stopwatch(device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
@@ -122,6 +136,7 @@ class Shampoo(Optimizer):
             SettingsError: for a setting that is refused, a sparse or complex parameter, or a name used twice.
         """
         settings = parse_group(param_group, self.defaults)
+        check_delay(settings, self._config.root_delay)
         params = param_group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
         logical = [self._logical_parameter(member, param_group, number) for number, member in enumerate(members)]
@@ -150,9 +165,20 @@ class Shampoo(Optimizer):
         if not self._layout.in_training():
             return
         for group in self.param_groups:
-            sharded = self._sharded(group)
+            sharded, index = self._sharded(group), group["group_index"]
+            if not self._stepped or index in self._stepped:
+                self._stepped.clear()
+                self._service.begin_step()
             states = [self._state_of(param) for param in group["params"]]
             sharded.step(group["params"], states, group_settings(group))
+            self._stepped.add(index)
+            if self.between_steps:
+                self._stopwatch.end_step()
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether every param group has taken the step; ZeRO calls `step` once for each of them."""
+        return len(self._stepped) == sum(bool(logical) for logical in self._logical)
 
     def prepare(self) -> None:
         """Builds blocks, owners and state of all groups now rather than at the first step.
@@ -167,14 +193,25 @@ class Shampoo(Optimizer):
     def describe(self) -> str:
         """A table of what is preconditioned, by which blocks, on which ranks, with bytes; and what is not, and why."""
         self.prepare()
-        return render(list(self._groups.values()))
+        return self._table()
 
-    def metrics(self) -> dict[str, float]:
-        """What happened so far, on this rank; numbers only, without waiting for the device.
+    def metrics(self, sync: bool = False) -> dict[str, float]:
+        """What happened so far, on this rank; numbers only.
 
-        Keys: owned_blocks, preconditioned_blocks (roots in force), root_updates, root_fallbacks, roots_skipped,
-        roots_rejected (all counts of roots since the start of this process), root_age_mean and root_age_max
-        (in steps, 0 while no root is in force), exchange_bytes (sent in the last step).
+        owned_blocks, preconditioned_blocks: blocks of this rank, and those of them whose roots are in force.
+        root_updates, root_fallbacks, roots_skipped, roots_rejected: roots put in force since this process began,
+        those of them that a fallback gave, boundaries that needed no root, and factors that got none.
+        roots_lost, root_waits, root_wait_ms: jobs whose thread died or hung and that were solved in the step; how
+        often a step waited for a job, and for how long in all.
+        root_age_mean, root_age_max: steps since the statistics that the roots in force belong to; 0 for none.
+        root_queue_depth, root_threads_busy: jobs not begun yet, and the share of their time that threads worked.
+        snapshot_bytes: host memory for statistics and roots on their way.
+        exchange_bytes: sent to other ranks in the last step.
+        elementwise_ms, exchange_ms, statistics_ms, precondition_ms: of the newest step that the device is through
+        with.
+
+        Args:
+            sync: wait for the device, so that the times are those of the last step.
         """
         groups = self._groups.values()
         slots = [(group, entry) for group in groups for entry in group.slots()]
@@ -189,6 +226,8 @@ class Shampoo(Optimizer):
             "root_age_mean": sum(ages) / len(ages) if ages else 0.0,
             "root_age_max": max(ages, default=0),
             "exchange_bytes": sum(group.exchange_bytes for group in groups),
+            **self._service.metrics(),
+            **{f"{phase}_ms": ms for phase, ms in self._stopwatch.read(sync).items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,9 +266,11 @@ class Shampoo(Optimizer):
                 f"{missing[0]} first: it was saved by another world size or another model, or at ZeRO stage 0, "
                 "where DeepSpeed keeps rank 0's optimizer only"
             )
-        for block, stack, keeper, slot in entries:
-            stack.load_block_state(slot, saved[str(block)])
-            keeper.load_block_state(slot, saved[str(block)])
+        for group in self.param_groups:
+            settings = group_settings(group)
+            for block, stack, keeper, slot in self._sharded(group).slots():
+                stack.load_block_state(slot, saved[str(block)])
+                keeper.load_block_state(slot, saved[str(block)], settings)
 
     def _sharded(self, group: Mapping[str, Any]) -> ShardedGroup:
         index = group["group_index"]
@@ -238,18 +279,31 @@ class Shampoo(Optimizer):
             loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             sharded = ShardedGroup(
-                self._logical[index], partition, group_settings(group), self._exchange_dtype, device, loads
+                self._logical[index],
+                partition,
+                group_settings(group),
+                self._config.exchange_dtype,
+                device,
+                loads,
+                self._service,
+                self._stopwatch,
+                sum(len(other.blocks) for other in self._groups.values()),
             )
             check_agreement(sharded.fingerprint, partition, device)
             self._groups[index] = sharded
             self._log_table()
         return self._groups[index]
 
+    def _table(self) -> str:
+        return render(list(self._groups.values())) + self._service.describe()
+
     def _log_table(self) -> None:
         """Logs the table of all groups once it is whole, on one rank."""
-        whole = len(self._groups) == sum(bool(logical) for logical in self._logical)
-        if whole and (not dist.is_initialized() or dist.get_rank() == 0):
-            logger.info("\n%s", render(list(self._groups.values())))
+        if len(self._groups) < sum(bool(logical) for logical in self._logical):
+            return
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            logger.info("\n%s", self._table())
+            self._service.warn_of_crowding()
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]

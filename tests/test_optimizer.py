@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ds_shampoo import SettingsError, Shampoo, ShampooConfig
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "block_size": 4, "root_interval": 3}
+# Roots of the present statistics at every step.
+AT_ONCE: dict[str, Any] = {**SETTINGS, "root_interval": 1, "root_overlap": False}
 
 
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -62,9 +64,9 @@ def test_shapes(shape: tuple[int, ...], blocks: int) -> None:
 
 def test_a_parameter_that_misses_gradients_is_as_if_those_steps_had_not_been() -> None:
     """Also while its blocks share a stack with those of a parameter that has them."""
-    here, other = parameter(6, 4), parameter(6, 4, seed=1)
+    here, other, silent = parameter(6, 4), parameter(6, 4, seed=1), parameter(6, 4)
     alone = copies([here])[0]
-    both, single = Shampoo([here, other], **SETTINGS), Shampoo([alone], **SETTINGS)
+    both, single = Shampoo([here, other], **SETTINGS), Shampoo([alone, silent], **SETTINGS)
     for step in range(12):
         give_grad(other, 500 + step)
         here.grad = None
@@ -199,9 +201,14 @@ def test_metrics_count_what_happened() -> None:
     run(optimizer, [param], range(5))
     metrics = optimizer.metrics()
     assert metrics["owned_blocks"] == metrics["preconditioned_blocks"] == 2
-    assert metrics["root_updates"] == 2 * 2 * 2  # blocks, factors, boundaries at steps 1 and 4
-    assert metrics["root_age_mean"] == metrics["root_age_max"] == 1
-    assert metrics["exchange_bytes"] == 0
+    # Begun at steps 1 and 4 for the first block, 2 and 5 for the second; in force two steps later.
+    assert metrics["root_updates"] == 2 * 2
+    assert (metrics["root_age_mean"], metrics["root_age_max"]) == (3.5, 4)
+    assert metrics["exchange_bytes"] == metrics["roots_lost"] == 0
+    run(optimizer, [param], range(5, 6))
+    assert optimizer.metrics()["root_age_mean"] == 3
+    phases = ("elementwise", "exchange", "statistics", "precondition")
+    assert all(optimizer.metrics(sync=True)[f"{phase}_ms"] > 0 for phase in phases)
 
 
 def test_names_roles_and_the_table() -> None:
@@ -330,8 +337,15 @@ def test_closures() -> None:
         ({"matrix_epsilon": 0.5}, r"'matrix_epsilon' = 0.5: Input should be less than or equal to 0.1"),
         ({"root_method": "cholesky"}, r"'root_method' = 'cholesky': Input should be 'eigh' or 'newton'"),
         ({"exchange_dtype": "int8"}, r"'exchange_dtype' = 'int8'"),
-        ({"root_overlap": True}, r"'root_overlap' = True: roots on background host threads are not available yet"),
-        ({"root_delay": 3}, r"'root_delay' = 3: roots on background host threads are not available yet"),
+        ({"root_delay": 0}, r"'root_delay' = 0: with root_overlap a root is put in force 1 to root_interval steps"),
+        ({"root_delay": 11}, r"'root_delay' = 11: must be at most root_interval, which is 10"),
+        ({"root_threads": 0}, r"'root_threads' = 0: Input should be greater than or equal to 1"),
+        ({"root_cores": "2-"}, r"'root_cores' = '2-': must be \"auto\", a list of core numbers, or a string like"),
+        ({"root_cores": [1, 1]}, r"'root_cores' = \[1, 1\]: must not name a core twice"),
+        ({"root_cores": []}, r"'root_cores' = \[\]: must be"),
+        ({"root_cores": [True]}, r"'root_cores' = \[True\]: must be"),
+        ({"root_cores": [100000]}, r"root_cores: this process may not use the cores 100000, only"),
+        ({"root_timeout": 0.0}, r"'root_timeout' = 0.0: Input should be greater than 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -390,7 +404,7 @@ def test_parameters_that_someone_replaced_are_noticed() -> None:
 
 def test_a_nan_gradient_is_rejected_counted_and_leaves_the_roots(caplog: pytest.LogCaptureFixture) -> None:
     param = parameter(4, 4)
-    optimizer = Shampoo([param], **{**SETTINGS, "root_interval": 1, "max_root_failures": 2})
+    optimizer = Shampoo([param], **AT_ONCE, max_root_failures=2)
     run(optimizer, [param], range(2))
     roots = [root.clone() for root in optimizer.state_dict()["blocks"]["param_0[0]"]["roots"]]
     param.grad = torch.full_like(param, math.nan)
@@ -414,7 +428,7 @@ def test_zero_gradients_change_nothing() -> None:
         optimizer.step()
     assert torch.equal(param, before)
     assert optimizer.metrics()["roots_rejected"] == 0
-    run(optimizer, [param], range(4))
+    run(optimizer, [param], range(6))
     assert torch.isfinite(param).all()
     assert optimizer.metrics()["preconditioned_blocks"] == 4
 

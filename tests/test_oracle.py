@@ -42,6 +42,8 @@ DEFAULTS: dict[str, Any] = {
     "statistics_interval": 1,
     "root_interval": 3,
     "root_refresh_threshold": 0.0,
+    "root_overlap": True,
+    "root_delay": None,
 }
 
 SHAPES = {
@@ -65,6 +67,14 @@ class Oracle:
         self.m = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.v = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.blocks = {name: self.cut(name, tuple(p.shape)) for name, p in self.params.items()}
+        self.stagger()
+
+    def stagger(self) -> None:
+        """Section 3: the largest blocks first, otherwise in the order of the model, one step after the other."""
+        every = [block for cut in self.blocks.values() if cut is not None for block in cut["state"]]
+        every.sort(key=lambda block: -sum(len(statistic) ** 3 for statistic in block["L"]))
+        for place, block in enumerate(every):
+            block["place"] = place
 
     def cut(self, name: str, shape: tuple[int, ...]) -> dict[str, Any] | None:
         """Section 1: the merged shape, which dims are preconditioned, and the blocks as tuples of slices."""
@@ -97,7 +107,7 @@ class Oracle:
             for b in places
         ]
         for block in state:
-            block["X"], block["A0"] = [None] * len(on), [None] * len(on)
+            block["X"], block["A0"], block["coming"] = [None] * len(on), [None] * len(on), None
         return {"shape": dims, "on": on, "places": places, "state": state}
 
     def step(self, grads: dict[str, Tensor | None]) -> None:
@@ -170,9 +180,11 @@ class Oracle:
             start = s["start_preconditioning_step"]
             if t < start:
                 continue
-            if (t - start) % s["root_interval"] == 0:
-                for k in range(len(blocks["on"])):
-                    self.root(block, k, 2 * len(blocks["on"]))
+            self.install(block, t)
+            if (t - start - block["place"]) % s["root_interval"] == 0:
+                roots = [self.root(block, k, 2 * len(blocks["on"])) for k in range(len(blocks["on"]))]
+                block["coming"] = (t + self.delay(), roots)
+                self.install(block, t)
             if any(root is None for root in block["X"]):
                 continue
             d = x[place]
@@ -183,21 +195,29 @@ class Oracle:
             u[place] = d
         return u.view(a.shape)
 
-    def root(self, block: dict[str, Any], k: int, p: int) -> None:
+    def delay(self) -> int:
+        if self.s["root_delay"] is not None:
+            return int(self.s["root_delay"])
+        return math.ceil(self.s["root_interval"] / 2) if self.s["root_overlap"] else 0
+
+    def install(self, block: dict[str, Any], t: int) -> None:
+        if block["coming"] is not None and t >= block["coming"][0]:
+            block["X"], block["coming"] = block["coming"][1], None
+
+    def root(self, block: dict[str, Any], k: int, p: int) -> Tensor | None:
         s = self.s
         p = s["inverse_exponent_override"] or p
         b, former = s["statistics_beta"], block["A0"][k]
         a = block["L"][k] / (1 - b ** block["n"] if b < 1 else 1)
         if not a.any():
-            return
+            return block["X"][k]
         near = s["root_refresh_threshold"]
         if near > 0 and former is not None and (a / a.norm() - former / former.norm()).norm() < near:
-            block["X"][k] = block["X"][k] * (a.norm() / former.norm()) ** (-1 / p)
             block["A0"][k] = former * (a.norm() / former.norm())
-            return
+            return block["X"][k] * (a.norm() / former.norm()) ** (-1 / p)
         w, q = torch.linalg.eigh(a)
-        block["X"][k] = q @ torch.diag((w + s["matrix_epsilon"] * w[-1]) ** (-1 / p)) @ q.T
         block["A0"][k] = a
+        return q @ torch.diag((w + s["matrix_epsilon"] * w[-1]) ** (-1 / p)) @ q.T
 
 
 def gradients(step: int) -> dict[str, Tensor]:
@@ -259,6 +279,11 @@ def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> 
         {"statistics_interval": 3, "root_interval": 5},
         {"start_preconditioning_step": 7, "root_interval": 4},
         {"root_interval": 1},
+        {"root_overlap": False},
+        {"root_overlap": False, "root_delay": 2},
+        {"root_delay": 1},
+        {"root_delay": 3},
+        {"root_interval": 10, "root_delay": 10},
         {"embedding": "one_sided"},
         {"embedding": "blocked"},
         {"max_preconditioner_dim": 9},
@@ -284,8 +309,9 @@ def test_newton() -> None:
     assert worst <= TOLERANCE
 
 
-def test_adaptive_refresh() -> None:
-    worst, optimizer = follow({"root_refresh_threshold": 0.25})
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_adaptive_refresh(delay: int) -> None:
+    worst, optimizer = follow({"root_refresh_threshold": 0.25, "root_overlap": delay > 0, "root_delay": delay})
     assert worst <= TOLERANCE
     assert optimizer.metrics()["roots_skipped"] > 0
 

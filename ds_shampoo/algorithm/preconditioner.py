@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
-from ds_shampoo.algorithm.statistics import accumulate, bias_correction, symmetric
+from ds_shampoo.algorithm.statistics import accumulate
 
 
 class Preconditioner(Protocol):
@@ -72,10 +72,6 @@ class ShampooPreconditioner:
             mode_product(root, vectors, dim, scratch)
             vectors, scratch = scratch, vectors
         return vectors
-
-    def statistic(self, slot: int, factor: int, beta: float) -> Tensor:
-        """A slot's bias-corrected statistic A, a new symmetric [d, d] fp32 tensor on the device."""
-        return symmetric(self.factors[factor][slot]) / bias_correction(beta, self.updates[slot])
 
     def block_state(self, slot: int) -> dict[str, Any]:
         return {

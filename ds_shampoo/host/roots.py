@@ -1,38 +1,27 @@
-"""Keeps the inverse roots of a stack of blocks fresh: jobs, adaptive refresh, failures, and counts of it all."""
+"""Keeps the inverse roots of a stack of blocks fresh: jobs, their results, failures, and counts of it all."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
-from ds_shampoo.algorithm.roots import InverseRoot, Outcome, inverse_root
+from ds_shampoo.algorithm.statistics import bias_correction
 from ds_shampoo.config import GroupSettings
+from ds_shampoo.host.jobs import RootAnswer, RootJob, Verdict
+from ds_shampoo.host.pool import Task
+from ds_shampoo.host.schedule import RootSchedule
+from ds_shampoo.host.service import RootService
+from ds_shampoo.host.transfer import HostCopy
 
 logger = logging.getLogger("ds_shampoo")
 
 # Warnings of one kind after these many occurrences, so that a run of months stays readable.
 _WARN_AT = frozenset({1, 10, 100, 1000, 10_000, 100_000})
-
-
-@dataclass(frozen=True, slots=True)
-class RootJob:
-    """One inverse root to compute: X = (A + epsilon lambda_max(A) I)^(-1/p) of a statistic A, [d, d]."""
-
-    matrix: Tensor
-    p: int
-    epsilon: float
-    method: str
-
-    def solve(self) -> InverseRoot:
-        """Runs the job on the calling thread."""
-        return inverse_root(self.matrix, self.p, self.epsilon, self.method)
 
 
 @dataclass
@@ -52,146 +41,194 @@ class RootCounts:
     rejected: int = 0
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """One block's jobs under way, a task per factor.
+
+    Attributes:
+        begun_at, due_at: the steps of the boundary and of putting the roots in force.
+    """
+
+    begun_at: int
+    due_at: int
+    jobs: list[RootJob]
+    tasks: list[Task[RootAnswer]]
+
+
 @dataclass
 class _BlockRoots:
     """The history of one block's roots.
 
     Attributes:
-        rooted: per factor, the statistic of the last root (CPU), kept for adaptive refresh only.
+        rooted: per factor, the statistic of the root in force (CPU), kept for adaptive refresh only.
         solved: per factor, whether a root was ever accepted.
         failures: consecutive boundaries at which a factor was rejected.
-        updated_at: the step at which the roots in force were installed; 0 for none.
+        rooted_at: the step whose statistics the roots in force belong to; 0 for none.
+        pending: the jobs under way, if any.
     """
 
     rooted: list[Tensor | None]
     solved: list[bool]
     failures: int = 0
-    updated_at: int = 0
+    rooted_at: int = 0
+    pending: _Pending | None = field(default=None, repr=False)
 
 
 class RootKeeper:
-    """Computes the roots of one stack within the training step, at each block's boundary."""
+    """Begins jobs at each block's boundaries, and puts their roots in force when they are due."""
 
-    def __init__(self, preconditioner: ShampooPreconditioner, counts: RootCounts) -> None:
-        self._stack = preconditioner
-        self._counts = counts
+    def __init__(
+        self, preconditioner: ShampooPreconditioner, places: Sequence[int], service: RootService, counts: RootCounts
+    ) -> None:
+        """`places` are the slots' in `stagger`'s order."""
+        self._stack, self._places, self._service, self._counts = preconditioner, places, service, counts
         factors = len(preconditioner.factors)
         self._blocks = [_BlockRoots([None] * factors, [False] * factors) for _ in preconditioner.blocks]
 
-    def refresh(self, due: Mapping[int, int], settings: GroupSettings) -> None:
-        """Brings the roots of the slots that are due, each with its step, up to date with their statistics.
+    def advance(self, clock: Sequence[int], settings: GroupSettings) -> None:
+        """Does what falls on this step, after the statistics took it in.
 
         A rejected root leaves the old one in force; `max_root_failures` boundaries with a rejection in a row
         take the block back to its grafting step until all its factors have a root again.
+
+        Args:
+            clock: every slot's step count; 0 where it has no gradient at this step.
+
+        Raises:
+            WorkerError: naming the block, where a job raised.
         """
-        with single_threaded():
-            for slot, step in due.items():
-                if self._stack.updates[slot]:
-                    self._refresh_block(slot, step, settings)
+        schedule, delay = RootSchedule.of(settings), self._service.delay(settings)
+        for slot, step in enumerate(clock):
+            if step == 0:
+                continue
+            self._install_due(slot, step, settings)
+            if schedule.is_boundary(step, self._places[slot]) and self._stack.updates[slot]:
+                self._begin(slot, step, delay, settings)
+                self._install_due(slot, step, settings)
 
     def age(self, slot: int, step: int) -> int | None:
-        """Steps since the slot's roots in force were installed; None where there are none."""
-        return step - self._blocks[slot].updated_at if self._stack.ready[slot] else None
+        """Steps since the statistics that the slot's roots in force belong to; None where there are none."""
+        return step - self._blocks[slot].rooted_at if self._stack.ready[slot] else None
 
     def block_state(self, slot: int) -> dict[str, Any]:
-        """What `load_block_state` needs beside the preconditioner's own state."""
+        """What `load_block_state` needs beside the preconditioner's own state; jobs under way are in it."""
         block = self._blocks[slot]
-        rooted = [tensor for tensor in block.rooted if tensor is not None]
-        return {
-            "rooted": rooted,
+        state: dict[str, Any] = {
+            "rooted": [tensor for tensor in block.rooted if tensor is not None],
             "solved": list(block.solved),
             "failures": block.failures,
-            "updated_at": block.updated_at,
+            "rooted_at": block.rooted_at,
         }
+        if block.pending is not None:
+            state["pending"] = {
+                "begun_at": block.pending.begun_at,
+                "due_at": block.pending.due_at,
+                "snapshots": [job.snapshot.wait().clone() for job in block.pending.jobs],
+                "corrections": [job.correction for job in block.pending.jobs],
+            }
+        return state
 
-    def load_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
+    def load_block_state(self, slot: int, state: Mapping[str, Any], settings: GroupSettings) -> None:
+        """Takes back what `block_state` gave; jobs that were under way begin again, and are due when they were."""
         rooted: list[Tensor | None] = [tensor.clone() for tensor in state["rooted"]]
         if len(rooted) != len(self._stack.factors):
             rooted = [None] * len(self._stack.factors)
-        self._blocks[slot] = _BlockRoots(
-            rooted,
-            [bool(solved) for solved in state["solved"]],
-            int(state["failures"]),
-            int(state["updated_at"]),
+        block = self._blocks[slot] = _BlockRoots(
+            rooted, [bool(solved) for solved in state["solved"]], int(state["failures"]), int(state["rooted_at"])
         )
+        pending = state.get("pending")
+        if pending is not None:
+            snapshots = [self._service.transfers.snapshot(tensor) for tensor in pending["snapshots"]]
+            begun_at, due_at = int(pending["begun_at"]), int(pending["due_at"])
+            jobs = self._jobs(block, snapshots, [float(c) for c in pending["corrections"]], settings)
+            block.pending = self._submit(slot, begun_at, due_at, jobs)
 
-    def _refresh_block(self, slot: int, step: int, settings: GroupSettings) -> None:
-        block = self._blocks[slot]
-        reasons = [
-            reason
-            for factor in range(len(self._stack.factors))
-            if (reason := self._refresh_factor(slot, factor, settings)) is not None
+    def _begin(self, slot: int, step: int, delay: int, settings: GroupSettings) -> None:
+        stack, block = self._stack, self._blocks[slot]
+        correction = bias_correction(settings.statistics_beta, stack.updates[slot])
+        snapshots = [self._service.transfers.snapshot(factor[slot]) for factor in stack.factors]
+        jobs = self._jobs(block, snapshots, [correction] * len(snapshots), settings)
+        block.pending = self._submit(slot, step, step + delay, jobs)
+
+    def _jobs(
+        self, block: _BlockRoots, snapshots: Sequence[HostCopy], corrections: Sequence[float], settings: GroupSettings
+    ) -> list[RootJob]:
+        p = settings.inverse_exponent_override or 2 * len(snapshots)
+        threshold = settings.root_refresh_threshold
+        return [
+            RootJob(
+                snapshot,
+                correction,
+                p,
+                settings.matrix_epsilon,
+                settings.root_method,
+                threshold,
+                former if threshold > 0 else None,
+            )
+            for snapshot, correction, former in zip(snapshots, corrections, block.rooted, strict=True)
         ]
+
+    def _submit(self, slot: int, begun_at: int, due_at: int, jobs: list[RootJob]) -> _Pending:
+        label = f"block {self._stack.blocks[slot]}"
+        tasks = [self._service.submit(label, job, due_at - begun_at) for job in jobs]
+        return _Pending(begun_at, due_at, jobs, tasks)
+
+    def _install_due(self, slot: int, step: int, settings: GroupSettings) -> None:
+        block, pending = self._blocks[slot], self._blocks[slot].pending
+        if pending is None or step < pending.due_at:
+            return
+        answers = [
+            self._service.collect(task, job.snapshot) for task, job in zip(pending.tasks, pending.jobs, strict=True)
+        ]
+        block.pending = None
+        reasons = []
+        for factor, answer in enumerate(answers):
+            self._install(slot, factor, answer)
+            if answer.verdict is Verdict.REJECTED:
+                reasons.append(answer.method)
+        self._judge(slot, pending.begun_at, reasons, settings)
+
+    def _install(self, slot: int, factor: int, answer: RootAnswer) -> None:
+        block, counts, target = self._blocks[slot], self._counts, self._stack.roots[factor][slot]
+        if answer.verdict is Verdict.SKIPPED:
+            target.mul_(answer.scale)
+            block.rooted[factor] = answer.statistic
+            counts.skipped += 1
+        elif answer.root is not None:
+            self._service.transfers.install(answer.root, target)
+            block.rooted[factor] = answer.statistic
+            block.solved[factor] = True
+            counts.updates += 1
+            if answer.verdict is Verdict.FALLBACK:
+                counts.fallbacks += 1
+                if counts.fallbacks in _WARN_AT:
+                    logger.warning(
+                        "block %s: the root came from a fallback (%s); %d so far",
+                        self._stack.blocks[slot], answer.method, counts.fallbacks,
+                    )  # fmt: skip
+        elif answer.verdict is Verdict.REJECTED:
+            counts.rejected += 1
+
+    def _judge(self, slot: int, begun_at: int, reasons: Sequence[str], settings: GroupSettings) -> None:
+        """Decides, from the reasons why factors got no root, whether the block is preconditioned."""
+        block, stack, name = self._blocks[slot], self._stack, self._stack.blocks[slot]
         if reasons:
             block.failures += 1
-            self._warn(slot, reasons[0])
+            if self._counts.rejected in _WARN_AT:
+                logger.warning(
+                    "block %s: a root was rejected (%s) and the old one stays in force; %d rejected so far",
+                    name, reasons[0], self._counts.rejected,
+                )  # fmt: skip
             if block.failures == settings.max_root_failures:
-                self._stack.ready[slot] = False
+                stack.ready[slot] = False
                 logger.warning(
                     "block %s got no root at %d boundaries in a row and takes its grafting step from now on",
-                    self._stack.blocks[slot], block.failures,
+                    name, block.failures,
                 )  # fmt: skip
             return
         if block.failures >= settings.max_root_failures:
-            logger.warning("block %s has a root again and is preconditioned again", self._stack.blocks[slot])
+            logger.warning("block %s has a root again and is preconditioned again", name)
         block.failures = 0
-        self._stack.ready[slot] = all(block.solved)
-        if self._stack.ready[slot]:
-            block.updated_at = step
-
-    def _refresh_factor(self, slot: int, factor: int, settings: GroupSettings) -> str | None:
-        """Returns why the factor got no root, or None if it has one or needs none."""
-        block = self._blocks[slot]
-        p = settings.inverse_exponent_override or 2 * len(self._stack.factors)
-        matrix = self._stack.statistic(slot, factor, settings.statistics_beta).cpu()
-        target = self._stack.roots[factor][slot]
-        former = block.rooted[factor]
-        if settings.root_refresh_threshold > 0 and former is not None:
-            moved, scale = relative_move(former, matrix)
-            if moved < settings.root_refresh_threshold:
-                target.mul_(scale ** (-1.0 / p))
-                block.rooted[factor] = former * scale
-                self._counts.skipped += 1
-                return None
-        result = RootJob(matrix, p, settings.matrix_epsilon, settings.root_method).solve()
-        if result.root is None:
-            if result.outcome is Outcome.ZERO:
-                return None
-            self._counts.rejected += 1
-            return result.method
-        target.copy_(result.root)
-        block.solved[factor] = True
-        block.rooted[factor] = matrix if settings.root_refresh_threshold > 0 else None
-        self._counts.updates += 1
-        if result.outcome is Outcome.FALLBACK:
-            self._counts.fallbacks += 1
-            if self._counts.fallbacks in _WARN_AT:
-                logger.warning(
-                    "block %s: the root came from a fallback (%s); %d so far",
-                    self._stack.blocks[slot], result.method, self._counts.fallbacks,
-                )  # fmt: skip
-        return None
-
-    def _warn(self, slot: int, reason: str) -> None:
-        if self._counts.rejected in _WARN_AT:
-            logger.warning(
-                "block %s: a root was rejected (%s) and the old one stays in force; %d rejected so far",
-                self._stack.blocks[slot], reason, self._counts.rejected,
-            )  # fmt: skip
-
-
-def relative_move(former: Tensor, present: Tensor) -> tuple[float, float]:
-    """How far a statistic moved, ‖A/‖A‖ - A₀/‖A₀‖‖_F, and its change of scale, ‖A‖/‖A₀‖."""
-    norms = float(former.norm()), float(present.norm())
-    return float((present / norms[1] - former / norms[0]).norm()), norms[1] / norms[0]
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Holds torch to one OpenMP thread: eigh on several threads of shared cores is up to 75 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        stack.ready[slot] = all(block.solved)
+        if stack.ready[slot]:
+            block.rooted_at = begun_at

@@ -1,8 +1,12 @@
-"""When a block's statistics are updated and when its roots are due, from the parameter's own step count."""
+"""When a block's statistics are updated, and when its roots are begun and put in force, by its own step count."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.config import GroupSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +17,10 @@ class RootSchedule:
     statistics_interval: int
     root_interval: int
 
+    @classmethod
+    def of(cls, settings: GroupSettings) -> RootSchedule:
+        return cls(settings.start_preconditioning_step, settings.statistics_interval, settings.root_interval)
+
     def statistics_due(self, step: int) -> bool:
         """Whether the statistics take this step's gradient in."""
         return step > 0 and (step - 1) % self.statistics_interval == 0
@@ -21,6 +29,23 @@ class RootSchedule:
         """Whether directions are preconditioned at this step, where roots are in force."""
         return step >= self.start_preconditioning_step
 
-    def is_boundary(self, step: int) -> bool:
-        """Whether new roots are due at this step."""
-        return self.preconditions(step) and (step - self.start_preconditioning_step) % self.root_interval == 0
+    def is_boundary(self, step: int, place: int) -> bool:
+        """Whether new roots are begun at this step for the block at this place of `stagger`'s order."""
+        return self.preconditions(step) and (step - self.start_preconditioning_step - place) % self.root_interval == 0
+
+
+def stagger(blocks: Sequence[Block], first: int = 0) -> list[int]:
+    """Every block's place in a round of boundaries: blocks of equal work follow each other, one step apart.
+
+    Each step of an interval then begins roots for an equal share of every size of block. Neighbours in the model
+    are neighbours here, so the share is equal on every rank that owns a consecutive part of it too. The places
+    depend on the blocks alone, never on ranks.
+
+    Args:
+        first: the place to begin with; the number of blocks in the param groups before this one.
+    """
+    order = sorted(range(len(blocks)), key=lambda i: (-sum(dim**3 for dim in blocks[i].factor_dims), i))
+    places = [0] * len(blocks)
+    for place, ordinal in enumerate(order, start=first):
+        places[ordinal] = place
+    return places

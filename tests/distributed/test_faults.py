@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed import DeepSpeedEngine
 
 from tests.distributed import jobs
 from tests.distributed.jobs import SHAMPOO, engine_config
@@ -72,6 +73,8 @@ def test_a_checkpoint_without_this_ranks_factors_is_refused(pools: Pools, tmp_pa
     ids=["stage3", "fp16-stage0", "offload", "elastic", "autocast"],
 )
 def test_what_is_not_supported_is_refused_by_name(pools: Pools, change: dict[str, Any], named: str) -> None:
+    if "torch_autocast" in change and not hasattr(DeepSpeedEngine, "torch_autocast_enabled"):
+        pytest.skip("this DeepSpeed has no torch_autocast section")
     config = {**engine_config(SHAMPOO, 0, 2), **change}
     for message in pools(2).run(jobs.refused, config):
         assert named in message
@@ -84,7 +87,7 @@ def test_what_is_not_supported_is_refused_by_name(pools: Pools, change: dict[str
         ({"block_size": 0}, "'block_size' = 0"),
         ({"betas": [0.9, 1.0]}, r"'betas[1]' = 1.0"),
         ({"lr": "fast"}, "'lr' = 'fast'"),
-        ({"root_overlap": True}, "'root_overlap' = True"),
+        ({"root_delay": 30}, "'root_delay' = 30: must be at most root_interval"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_starts(pools: Pools, params: dict[str, Any], named: str) -> None:

@@ -1,25 +1,38 @@
 """The root keeper: what is refreshed, skipped, rejected, given up and taken up again, and that all of it is counted."""
 
-import contextlib
+from __future__ import annotations
+
 import logging
 import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from ds_shampoo.algorithm.blocks import cut
 from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
-from ds_shampoo.config import GroupSettings
-from ds_shampoo.host.roots import RootCounts, RootKeeper, relative_move, single_threaded
+from ds_shampoo.config import GroupSettings, parse
+from ds_shampoo.host.jobs import relative_move
+from ds_shampoo.host.roots import RootCounts, RootKeeper
+from ds_shampoo.host.schedule import stagger
+from ds_shampoo.host.service import RootService
 
 BETA = 0.5
 
 
-def make(blocks: int = 1) -> tuple[ShampooPreconditioner, RootKeeper, RootCounts]:
+def make(
+    blocks: int = 1, delay: int = 0, overlap: bool = False
+) -> tuple[ShampooPreconditioner, RootKeeper, RootCounts]:
+    """A stack of blocks whose roots are due `delay` steps after their boundary; all of them at step 1, 2, ..."""
     blocked = cut("w", (4 * blocks, 3), block_size=4)
     assert blocked is not None
     stack, counts = ShampooPreconditioner(blocked.blocks, torch.device("cpu")), RootCounts()
-    return stack, RootKeeper(stack, counts), counts
+    service = RootService(
+        parse({"root_overlap": overlap, "root_delay": delay, "root_interval": max(delay, 1)}), torch.device("cpu")
+    )
+    return stack, RootKeeper(stack, [0] * blocks, service, counts), counts
 
 
 def grads(seed: int, blocks: int = 1) -> torch.Tensor:
@@ -27,26 +40,26 @@ def grads(seed: int, blocks: int = 1) -> torch.Tensor:
 
 
 def settings(**changed: object) -> GroupSettings:
-    return GroupSettings(statistics_beta=BETA, **changed)
+    return GroupSettings(**{"statistics_beta": BETA, "root_interval": 1, **changed})
 
 
 def test_a_statistic_that_did_not_move_is_rescaled_and_one_that_did_is_solved() -> None:
     stack, keeper, counts = make()
     chosen = settings(root_refresh_threshold=0.05)
     stack.update(grads(0), [0], BETA)
-    keeper.refresh({0: 1}, chosen)
+    keeper.advance([1], chosen)
     first = stack.roots[0][0].clone()
     assert (counts.updates, counts.skipped) == (2, 0)
 
     for factor in stack.factors:
         factor.mul_(16.0)
-    keeper.refresh({0: 2}, chosen)
+    keeper.advance([2], chosen)
     assert (counts.updates, counts.skipped) == (2, 2)
     assert torch.allclose(stack.roots[0][0], first / 2, rtol=1e-5)  # 16 ** (-1 / 4)
     assert keeper.age(0, 2) == 0
 
     stack.update(grads(1), [0], BETA)
-    keeper.refresh({0: 3}, chosen)
+    keeper.advance([3], chosen)
     assert (counts.updates, counts.skipped) == (4, 2)
 
 
@@ -54,7 +67,7 @@ def test_the_threshold_is_off_by_default() -> None:
     stack, keeper, counts = make()
     stack.update(grads(0), [0], BETA)
     for step in (1, 2, 3):
-        keeper.refresh({0: step}, settings())
+        keeper.advance([step], settings())
     assert (counts.updates, counts.skipped) == (6, 0)
     assert keeper.block_state(0)["rooted"] == []
 
@@ -63,22 +76,22 @@ def test_rejected_roots_stay_then_give_way_and_come_back(caplog: pytest.LogCaptu
     stack, keeper, counts = make(blocks=2)
     chosen = settings(max_root_failures=2)
     stack.update(grads(0, 2), [0, 1], BETA)
-    keeper.refresh({0: 1, 1: 1}, chosen)
+    keeper.advance([1, 1], chosen)
     old = stack.roots[0][0].clone()
 
     healthy = [factor.clone() for factor in stack.factors]
     stack.factors[0][0].fill_(math.nan)
     with caplog.at_level(logging.WARNING, "ds_shampoo"):
-        keeper.refresh({0: 2, 1: 2}, chosen)
+        keeper.advance([2, 2], chosen)
         assert counts.rejected == 1
         assert stack.ready == [True, True]
         assert torch.equal(stack.roots[0][0], old)
-        keeper.refresh({0: 3, 1: 3}, chosen)
+        keeper.advance([3, 3], chosen)
         assert stack.ready == [False, True]
         assert keeper.age(0, 3) is None
         for factor, value in zip(stack.factors, healthy, strict=True):
             factor.copy_(value)
-        keeper.refresh({0: 4, 1: 4}, chosen)
+        keeper.advance([4, 4], chosen)
     assert stack.ready == [True, True]
     assert counts.rejected == 2
     messages = " ".join(record.getMessage() for record in caplog.records)
@@ -89,24 +102,81 @@ def test_rejected_roots_stay_then_give_way_and_come_back(caplog: pytest.LogCaptu
 
 def test_a_block_that_never_had_a_gradient_waits() -> None:
     stack, keeper, counts = make()
-    keeper.refresh({0: 1}, settings())
+    keeper.advance([1], settings())
     stack.update(torch.zeros(1, 4, 3), [0], BETA)
-    keeper.refresh({0: 2}, settings())
+    keeper.advance([2], settings())
     assert stack.ready == [False]
     assert (counts.updates, counts.rejected) == (0, 0)
 
 
-def test_state_goes_round_with_and_without_kept_statistics() -> None:
-    for threshold in (0.0, 0.1):
-        stack, keeper, _ = make()
-        stack.update(grads(0), [0], BETA)
-        keeper.refresh({0: 7}, settings(root_refresh_threshold=threshold))
-        other = RootKeeper(stack, RootCounts())
-        other.load_block_state(0, keeper.block_state(0))
-        assert other.age(0, 9) == 2
-        before, after = keeper.block_state(0), other.block_state(0)
-        assert all(torch.equal(a, b) for a, b in zip(before.pop("rooted"), after.pop("rooted"), strict=True))
-        assert before == after
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+def test_state_goes_round_with_jobs_under_way(threshold: float) -> None:
+    chosen = settings(root_refresh_threshold=threshold, root_interval=3)
+    stack, keeper, _ = make(delay=3)
+    for step in range(1, 6):  # roots of step 1 in force since step 4, those of step 4 due at step 7
+        stack.update(grads(step), [0], BETA)
+        keeper.advance([step], chosen)
+    other_stack, other, _ = make(delay=3)
+    other_stack.load_block_state(0, stack.block_state(0))
+    other.load_block_state(0, keeper.block_state(0), chosen)
+    assert keeper.block_state(0)["pending"]["due_at"] == 7
+    assert other.age(0, 5) == keeper.age(0, 5) == 4
+    for step in range(6, 12):
+        for each, keeping in ((stack, keeper), (other_stack, other)):
+            each.update(grads(step), [0], BETA)
+            keeping.advance([step], chosen)
+        assert all(torch.equal(a, b) for a, b in zip(stack.roots, other_stack.roots, strict=True))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_roots_are_those_of_the_boundary_and_come_when_they_are_due(overlap: bool) -> None:
+    stack, keeper, counts = make(delay=2, overlap=overlap)
+    now, now_keeper, _ = make()
+    chosen = settings(root_interval=4)
+    for step in range(1, 8):
+        for each, keeping in ((stack, keeper), (now, now_keeper)):
+            each.update(grads(step), [0], BETA)
+            keeping.advance([step], chosen)
+        if step in (1, 5):
+            expected = [root.clone() for root in now.roots]
+        assert stack.ready == [step >= 3]
+        assert counts.updates == (step >= 3) * 2 + (step >= 7) * 2
+        if step in (3, 4, 7):
+            assert all(torch.equal(a, b) for a, b in zip(stack.roots, expected, strict=True))
+            assert keeper.age(0, step) == step - (1 if step < 7 else 5)
+
+
+def test_a_parameter_without_gradient_is_left_alone() -> None:
+    stack, keeper, counts = make()
+    stack.update(grads(0), [0], BETA)
+    keeper.advance([0], settings())
+    assert counts.updates == 0
+
+
+@hypothesis_settings(deadline=None, max_examples=40)
+@given(st.integers(1, 12), st.data(), st.integers(1, 9), st.integers(1, 7), st.integers(1, 5))
+def test_age_never_exceeds_interval_and_delay(
+    interval: int, data: st.DataObject, start: int, blocks: int, statistics_interval: int
+) -> None:
+    delay = data.draw(st.integers(0, interval))
+    blocked = cut("w", (2 * blocks, 2), block_size=2)
+    assert blocked is not None
+    stack = ShampooPreconditioner(blocked.blocks, torch.device("cpu"))
+    service = RootService(
+        parse({"root_overlap": False, "root_delay": delay, "root_interval": interval}), torch.device("cpu")
+    )
+    keeper = RootKeeper(stack, stagger(blocked.blocks), service, RootCounts())
+    chosen = settings(root_interval=interval, start_preconditioning_step=start, statistics_interval=statistics_interval)
+    for step in range(1, start + 4 * interval + delay):
+        if (step - 1) % statistics_interval == 0:
+            stack.update(torch.ones(blocks, 2, 2), range(blocks), BETA)
+        keeper.advance([step] * blocks, chosen)
+        for slot in range(blocks):
+            age = keeper.age(slot, step)
+            if age is not None:
+                assert age < interval + delay
+            elif step >= start + interval - 1 + delay:
+                pytest.fail(f"no root in force at step {step}")
 
 
 def test_relative_move_is_blind_to_scale() -> None:
@@ -115,11 +185,3 @@ def test_relative_move_is_blind_to_scale() -> None:
     moved, scale = relative_move(matrix, torch.diag(torch.tensor([4.0, 3.0])))
     assert moved == pytest.approx(0.2 * math.sqrt(2))
     assert scale == pytest.approx(1.0)
-
-
-def test_threads_are_given_back() -> None:
-    before = torch.get_num_threads()
-    with contextlib.suppress(RuntimeError), single_threaded():
-        assert torch.get_num_threads() == 1
-        raise RuntimeError
-    assert torch.get_num_threads() == before

@@ -1,0 +1,113 @@
+"""What all param groups of a rank share for their roots: the threads, the copies to the host, and the delay."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ds_shampoo.config import GroupSettings, SettingsError, ShampooConfig
+from ds_shampoo.host.cores import CorePlan, format_cores, plan_cores, this_machine
+from ds_shampoo.host.jobs import RootAnswer, RootJob
+from ds_shampoo.host.pool import Executor, InlineExecutor, Task, ThreadPool
+from ds_shampoo.host.transfer import HostCopy, Transfers
+
+logger = logging.getLogger("ds_shampoo")
+
+
+class RootService:
+    """Takes root jobs and gives their answers when they are due.
+
+    Attributes:
+        transfers: the copies between the device and the host.
+    """
+
+    def __init__(self, config: ShampooConfig, device: torch.device) -> None:
+        """Chooses cores; threads start with the first job.
+
+        Raises:
+            SettingsError: for `root_cores` that this process may not use.
+        """
+        self.transfers = Transfers(device)
+        self._delay = config.root_delay
+        self._steps = itertools.count()
+        self._step = 0
+        self._plan: CorePlan | None = None
+        self._pool: ThreadPool | None = None
+        self._executor: Executor = InlineExecutor()
+        if config.root_overlap:
+            training = torch.get_num_threads() if device.type == "cpu" else 1
+            cores = None if config.root_cores == "auto" else config.root_cores
+            try:
+                self._plan = plan_cores(this_machine(training), config.root_threads, cores)
+            except ValueError as error:
+                raise SettingsError(f"Shampoo setting {error}") from None
+            self._pool = ThreadPool(self._plan.threads, self._plan.cores, config.root_timeout)
+            self._executor = self._pool
+
+    def delay(self, settings: GroupSettings) -> int:
+        """Steps from a root's boundary to the step at which it is put in force."""
+        if self._delay is not None:
+            return self._delay
+        return (settings.root_interval + 1) // 2 if self._pool is not None else 0
+
+    def begin_step(self) -> None:
+        """To be called before the step's first statistics, which would overwrite what snapshots still read."""
+        self._step = next(self._steps)
+        self.transfers.fence()
+
+    def submit(self, label: str, job: RootJob, delay: int) -> Task[RootAnswer]:
+        """Begins a job that is due in `delay` steps; the earliest due and among them the largest go first."""
+        order = job.snapshot.tensor.shape[0]
+        task = Task(label, (self._step + delay, -order), lambda: job.solve(self.transfers))
+        self._executor.submit(task)
+        return task
+
+    def collect(self, task: Task[RootAnswer], snapshot: HostCopy) -> RootAnswer:
+        """A job's answer, waited for if need be; its snapshot's buffer is free again.
+
+        Raises:
+            WorkerError: naming the block, where the job raised.
+        """
+        self._executor.settle(task)
+        if task.lost:
+            self.transfers.abandon(snapshot)
+        else:
+            self.transfers.release(snapshot)
+        return task.answer()
+
+    def describe(self) -> str:
+        """One line for the table at start."""
+        if self._plan is None:
+            return "roots: computed within the step (root_overlap: false)"
+        cores, threads = self._plan.cores, self._plan.threads
+        return (
+            f"roots: on {threads} host thread{'s' if threads > 1 else ''} of each rank; on this one "
+            f"pinned to core{'s' if len(cores) > 1 else ''} {format_cores(cores)}"
+        )
+
+    def warn_of_crowding(self) -> None:
+        """Logs once where all ranks of this machine together have more threads than cores."""
+        if self._plan is not None and self._plan.crowding is not None:
+            logger.warning("%s", self._plan.crowding)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Counts since the start of this process: root_waits, root_wait_ms, roots_lost, and what is so now."""
+        pool = self._pool
+        numbers: dict[str, Any] = {
+            "root_waits": pool.waits if pool else 0,
+            "root_wait_ms": 1e3 * pool.wait_s if pool else 0.0,
+            "roots_lost": pool.lost if pool else 0,
+            "root_queue_depth": pool.queue_depth() if pool else 0,
+            "root_threads_busy": pool.busy_share() if pool else 0.0,
+            "snapshot_bytes": self.transfers.bytes,
+        }
+        return numbers
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.close()
