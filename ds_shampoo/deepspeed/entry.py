@@ -45,11 +45,14 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     if "deepspeed" not in sys.modules or not isinstance(engine, sys.modules["deepspeed"].DeepSpeedEngine):
         return Shampoo(params, **settings)
     from ds_shampoo.deepspeed.layouts import layout_for
+    from ds_shampoo.deepspeed.monitor import MonitorFeed
     from ds_shampoo.deepspeed.support import refuse_unsupported
 
     refuse_unsupported(engine)
     _log_to_stdout()
-    return Shampoo(params, **settings, model=engine.module, layout=layout_for(engine))
+    optimizer = Shampoo(params, **settings, model=engine.module, layout=layout_for(engine))
+    optimizer.register_step_post_hook(MonitorFeed(engine))
+    return optimizer
 
 
 def initialize(

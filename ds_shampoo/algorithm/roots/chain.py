@@ -64,7 +64,7 @@ def inverse_root(matrix: Tensor, p: int, epsilon: float, method: str = "eigh") -
         return InverseRoot(Outcome.REJECTED, None, 0.0, "the matrix is not finite")
     if scale < _ZERO_BELOW:
         return InverseRoot(Outcome.ZERO, None, 0.0, "the matrix is zero")
-    b = (a + a.mT) * (0.5 / scale)
+    b = torch.add(a, a.mT).mul_(0.5 / scale)
     used = b.abs().amax(dim=1) > 0
     compact = b if bool(used.all()) else b[used][:, used]
     reason = ""
@@ -76,7 +76,7 @@ def inverse_root(matrix: Tensor, p: int, epsilon: float, method: str = "eigh") -
         except NoRootError as rejection:
             reason = f"{name}: {rejection}"
             continue
-        root = _expand(solution, used, p) * scale ** (-1.0 / p)
+        root = _expand(solution, used, p).mul_(scale ** (-1.0 / p))
         outcome = Outcome.ACCEPTED if rung == 0 else Outcome.FALLBACK
         return InverseRoot(outcome, root, solution.ridge * scale, name)
     return InverseRoot(Outcome.REJECTED, None, 0.0, reason)
@@ -101,11 +101,12 @@ def _probe(matrix: Tensor, p: int, solution: Solution) -> None:
         NoRootError: if the root is not finite or the relative error exceeds 1e-6.
     """
     generator = torch.Generator().manual_seed(matrix.shape[0])
-    vectors = torch.randn(matrix.shape[0], _PROBES, dtype=matrix.dtype, generator=generator)
-    image = matrix @ vectors + solution.ridge * vectors
+    # As rows, which a product with a symmetric matrix takes twice as fast as columns.
+    vectors = torch.randn(_PROBES, matrix.shape[0], dtype=matrix.dtype, generator=generator)
+    image = torch.addmm(vectors, vectors, matrix, beta=solution.ridge)
     for _ in range(p):
-        image = solution.root @ image
-    error = float(((image - vectors).norm(dim=0) / vectors.norm(dim=0)).max())
+        image = image @ solution.root
+    error = float(((image - vectors).norm(dim=1) / vectors.norm(dim=1)).max())
     if not error <= _PROBE_TOLERANCE:
         raise NoRootError(f"the probe's relative error is {error:.3g}")
 

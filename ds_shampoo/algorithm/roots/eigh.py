@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ds_shampoo.algorithm.roots.solution import NoRootError, Solution, checked_ridge
 
+# From this order on, what copying a quarter saves is worth the calls.
+_QUARTER_FROM = 256
+
 
 def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
     """X = V (Λ + ridge)^(-1/p) Vᵀ, built as a product of a matrix with its own transpose, hence SPD.
@@ -25,4 +28,16 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
         raise NoRootError(f"eigh failed: {error}") from error
     ridge = checked_ridge(float(eigenvalues[0]), float(eigenvalues[-1]), epsilon)
     vectors *= (eigenvalues + ridge).pow(-0.5 / p)
-    return Solution(vectors @ vectors.mT, ridge)
+    return Solution(_gram(vectors), ridge)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """V Vᵀ of [n, n] fp64, exactly symmetric; the upper right quarter of a large one is copied, not computed."""
+    order = rows.shape[0]
+    if order < _QUARTER_FROM:
+        return rows @ rows.mT
+    half, gram = order // 2, torch.empty_like(rows, memory_format=torch.contiguous_format)
+    torch.mm(rows, rows[:half].mT, out=gram[:, :half])
+    torch.mm(rows[half:], rows[half:].mT, out=gram[half:, half:])
+    gram[:half, half:] = gram[half:, :half].mT
+    return gram
