@@ -57,6 +57,7 @@ class ShardedGroup:
     ) -> None:
         """
         Args:
+            device: where blocks are kept and preconditioned; shards may lie on the host (ZeRO-Offload).
             loads: what each rank carries from other groups already; this group's share is added to it.
             first_place: how many blocks other groups have, for their boundaries to stand beside this one's.
         """
@@ -141,11 +142,11 @@ class ShardedGroup:
         for tensor in tensors:
             if tensor is not None:
                 tensor.filter()
-        grads = self._scaler.normalized(_each(tensors, "grad"))
-        vectors = self._scaler.normalized(_each(tensors, "vector"))
+        grads = self._scaler.normalized(self._staged(tensors, "grad"))
+        vectors = self._scaler.normalized(self._staged(tensors, "vector"))
         for stepping, unit_grad, unit_vector in zip(tensors, grads, vectors, strict=True):
             if stepping is not None and unit_grad is not None and unit_vector is not None:
-                stepping.graft(unit_grad, unit_vector)
+                stepping.graft(unit_grad.to(stepping.grad.device), unit_vector.to(stepping.grad.device))
 
     def _precondition(self, tensors: Sequence[TensorStep | None], settings: GroupSettings) -> None:
         """Statistics, then roots that are begun or due, then the directions of the blocks whose roots are in force."""
@@ -163,13 +164,25 @@ class ShardedGroup:
             keeper.advance(clock, settings)
         if any(schedule.preconditions(step) for step in steps):
             self._gather(tensors, "vector", gathered)
-            self._write_directions(gathered, scratch, _each(tensors, "update"), settings)
+            updates = self._staged(tensors, "update")
+            self._write_directions(gathered, scratch, updates, settings)
+            with self._stopwatch.phase("exchange"):
+                _unstage(updates, tensors)
+
+    def _staged(
+        self, tensors: Sequence[TensorStep | None], name: Literal["grad", "vector", "update"]
+    ) -> list[Tensor | None]:
+        """A vector of every tensor, on the device of the blocks; whole, since many small copies would be slow."""
+        return [None if tensor is None else self._stage(getattr(tensor, name)) for tensor in tensors]
+
+    def _stage(self, vector: Tensor) -> Tensor:
+        return vector if vector.device == self._device else vector.to(self._device, non_blocking=True)
 
     def _gather(
         self, tensors: Sequence[TensorStep | None], name: Literal["grad", "vector"], stacks: Sequence[Tensor]
     ) -> None:
         with self._stopwatch.phase("exchange"):
-            self.plan.gather(_each(tensors, name), stacks)
+            self.plan.gather(self._staged(tensors, name), stacks)
         self.exchange_bytes += self.plan.gather_bytes
 
     def _write_directions(
@@ -298,8 +311,11 @@ def _rescaled(directions: Tensor, squares: Tensor | None) -> Tensor:
     return directions.mul_(scale.view(-1, *(1,) * (directions.dim() - 1)))
 
 
-def _each(tensors: Sequence[TensorStep | None], name: Literal["grad", "vector", "update"]) -> list[Tensor | None]:
-    return [None if tensor is None else getattr(tensor, name) for tensor in tensors]
+def _unstage(updates: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> None:
+    """Brings updates that were staged elsewhere back to where the elementwise step goes on."""
+    for update, tensor in zip(updates, tensors, strict=True):
+        if tensor is not None and update is not None and update is not tensor.update:
+            tensor.update.copy_(update)
 
 
 def _homes(blocks: int, pieces: Sequence[Piece], world_size: int) -> list[int | None]:

@@ -277,7 +277,7 @@ class Shampoo(Optimizer):
         if index not in self._groups:
             partition = self._layout.partition(self._logical[index], group["params"])
             loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
-            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            device = next((p.tensor.device for p in self._logical[index]), torch.device("cpu"))
             sharded = ShardedGroup(
                 self._logical[index],
                 partition,

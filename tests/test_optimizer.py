@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_shampoo import SettingsError, Shampoo, ShampooConfig
+from ds_shampoo.group import ShardedGroup
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "block_size": 4, "root_interval": 3}
 # Roots of the present statistics at every step.
@@ -397,6 +398,23 @@ def test_parameters_that_someone_replaced_are_noticed() -> None:
     give_grad(replaced, 0)
     with pytest.raises(RuntimeError, match=r"ds_shampoo\.initialize"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("grafting", ["adam", "rmsprop_normalized"])
+def test_shards_on_another_device_are_staged(monkeypatch: pytest.MonkeyPatch, grafting: str) -> None:
+    """As under ZeRO-Offload, where shards lie on the host and blocks on the accelerator; here copies stand for it."""
+    here, staged = [parameter(6, 5), parameter(3)], [parameter(6, 5), parameter(3)]
+    run(Shampoo(here, grafting=grafting, **SETTINGS), here, range(8))
+    copied: list[Tensor] = []
+
+    def stage(_: ShardedGroup, vector: Tensor) -> Tensor:
+        copied.append(vector.clone())
+        return copied[-1]
+
+    monkeypatch.setattr(ShardedGroup, "_stage", stage)
+    run(Shampoo(staged, grafting=grafting, **SETTINGS), staged, range(8))
+    assert copied
+    assert equal(here, staged)
 
 
 # ---------------------------------------------------------------- bad gradients

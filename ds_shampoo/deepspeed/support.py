@@ -25,9 +25,9 @@ def _ask(engine: Any, method: str) -> Any:
     return found() if callable(found) else None
 
 
-def _offloads(engine: Any) -> bool:
+def _offloads(engine: Any, *to: str) -> bool:
     offload = _ask(engine, "zero_offload_optimizer")
-    return offload is not None and str(getattr(offload.device, "value", offload.device)) != "none"
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) in to
 
 
 _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
@@ -41,8 +41,8 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "scaled; use stage 1 or 2, or bf16",
     ),
     (
-        _offloads,
-        "zero_optimization.offload_optimizer: Shampoo does not support optimizer offload yet; leave it out",
+        lambda e: _offloads(e, "nvme"),
+        'zero_optimization.offload_optimizer.device = "nvme": Shampoo does not support it; use "cpu"',
     ),
     (
         lambda e: _ask(e, "zero_elastic_checkpoint"),

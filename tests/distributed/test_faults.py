@@ -61,8 +61,8 @@ def test_a_checkpoint_without_this_ranks_factors_is_refused(pools: Pools, tmp_pa
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3"),
         ({"fp16": {"enabled": True}}, "fp16.enabled = true at zero_optimization.stage = 0"),
         (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-            "zero_optimization.offload_optimizer",
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+            'zero_optimization.offload_optimizer.device = "nvme"',
         ),
         (
             {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}},

@@ -106,6 +106,23 @@ def test_other_orders_of_the_flat_buffer(pools: Pools, reference: Trace, stage: 
     check(traces, reference, FP32)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_optimizer_offload(
+    pools: Pools,
+    reference: Trace,
+    half_references: dict[str, Trace],
+    stage: int,
+    precision: str,
+    accumulation: int,
+) -> None:
+    zero = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    config = engine_config(SHAMPOO, stage, 2, accumulation, precision, zero=zero)
+    expected, tolerance = (reference, FP32) if precision == "fp32" else (half_references[precision], BF16)
+    check(pools(2).run(jobs.job, config, STEPS), expected, tolerance)
+
+
 @pytest.fixture(scope="module")
 def half_references() -> dict[str, Trace]:
     return {name: alone(STEPS, SHAMPOO, precision=jobs.PRECISIONS[name]) for name in ("bf16", "fp16")}
