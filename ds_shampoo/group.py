@@ -1,8 +1,7 @@
-"""One param group at work: its blocks, their owners, and the step that joins elementwise state and blocks."""
+"""One param group at work: the step that joins elementwise state and the blocks that this rank owns."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,20 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_shampoo.algorithm import cost, grafting
-from ds_shampoo.algorithm.blocks import Block, BlockedParameter, cut
+from ds_shampoo.algorithm import grafting
+from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
-from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.config import GroupSettings
 from ds_shampoo.elementwise import TensorStep
 from ds_shampoo.host.roots import RootCounts, RootKeeper
 from ds_shampoo.host.schedule import RootSchedule, stagger
 from ds_shampoo.host.service import RootService
 from ds_shampoo.sharding.exchange import ExchangePlan, StackPlace
-from ds_shampoo.sharding.fragments import Piece, pieces_of
 from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
-from ds_shampoo.sharding.ownership import assign, fingerprint
-from ds_shampoo.sharding.partition import LogicalParameter, Partition
+from ds_shampoo.sharding.table import BlockTable
 from ds_shampoo.stopwatch import Stopwatch
 
 _EXCHANGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,10 +29,7 @@ class ShardedGroup:
     """A param group, the blocks of it that this rank owns, and how both meet.
 
     Attributes:
-        shapes: by name, each parameter's full shape.
-        blocked: by name, each parameter's blocks, or None with the reason why it has none.
-        blocks: all blocks in an order that all ranks share; a block's ordinal is its place here.
-        owners: by ordinal, the rank that keeps the block.
+        table: the group's blocks and their owners.
         stacks: this rank's blocks, stacked by shape.
         counts: what became of their roots.
         exchange_bytes: what this rank sent in the last step.
@@ -45,12 +38,10 @@ class ShardedGroup:
 
     def __init__(
         self,
-        parameters: Sequence[LogicalParameter],
-        partition: Partition,
+        table: BlockTable,
         settings: GroupSettings,
         exchange_dtype: str,
         device: torch.device,
-        loads: list[float],
         service: RootService,
         stopwatch: Stopwatch,
         first_place: int,
@@ -58,47 +49,33 @@ class ShardedGroup:
         """
         Args:
             device: where blocks are kept and preconditioned; shards may lie on the host (ZeRO-Offload).
-            loads: what each rank carries from other groups already; this group's share is added to it.
             first_place: how many blocks other groups have, for their boundaries to stand beside this one's.
         """
-        self.partition, self._device = partition, device
-        self._service, self._stopwatch = service, stopwatch
-        self.shapes = {parameter.name: parameter.shape for parameter in parameters}
-        placed = {fragment.parameter for fragment in partition.fragments}
-        self.blocked = {
-            parameter.name: block_parameter(parameter, settings) if parameter.name in placed else (None, "not trained")
-            for parameter in parameters
+        self.table, self._device, self._stopwatch = table, device, stopwatch
+        partition, blocks, owners = table.partition, table.blocks, table.owners
+        self._ordinals = table.owned()
+        self._rows = [torch.tensor(ordinals, device=device) for ordinals in self._ordinals]
+        self.stacks = [ShampooPreconditioner([blocks[i] for i in ordinals], device) for ordinals in self._ordinals]
+        places, self.counts = stagger(blocks, first_place), RootCounts()
+        self._keepers = [
+            RootKeeper(stack, [places[i] for i in ordinals], service, self.counts)
+            for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
+        ]
+        stacked = {
+            ordinal: StackPlace(stack, slot)
+            for stack, ordinals in enumerate(self._ordinals)
+            for slot, ordinal in enumerate(ordinals)
         }
-        self.blocks = [b for blocked, _ in self.blocked.values() if blocked is not None for b in blocked.blocks]
-        pieces = self._pieces()
-        costs = [cost.step_flops(b, settings.statistics_interval, settings.root_interval) for b in self.blocks]
-        self.owners = assign(costs, _homes(len(self.blocks), pieces, partition.world_size), loads)
-        for owner, load in zip(self.owners, costs, strict=True):
-            loads[owner] += load
-        self.counts = RootCounts()
-        self._stack_owned(stagger(self.blocks, first_place))
-        self.plan = ExchangePlan(
-            self.blocks,
-            pieces,
-            self.owners,
-            self._places,
-            partition,
-            device,
-            _EXCHANGE_DTYPES[exchange_dtype],
-        )
-        self._norms = PieceNorms(self.plan.sources, len(self.blocks), device)
+        dtype = _EXCHANGE_DTYPES[exchange_dtype]
+        self.plan = ExchangePlan(blocks, table.pieces, owners, stacked, partition, device, dtype)
+        self._norms = PieceNorms(self.plan.sources, len(blocks), device)
         self._scaler: SegmentScaler | None = None
         if grafting.is_normalized(settings.grafting):
-            whole = [fragment for fragment in partition.fragments if self.blocked[fragment.parameter][0] is None]
-            self._scaler = SegmentScaler(self.blocks, pieces, self.owners, whole, partition, device)
+            self._scaler = SegmentScaler(blocks, table.pieces, owners, table.whole, partition, device)
         self._buffers = {f.parameter: f.buffer for f in partition.fragments if f.rank == partition.rank}
+        self._kept: tuple[list[Tensor], list[Tensor]] | None = None
         self.exchange_bytes = 0
         self.last_step = 0
-
-    @property
-    def fingerprint(self) -> int:
-        """Equal on all ranks that made the same table of fragments, blocks and owners."""
-        return fingerprint([self.partition.fragments, self.blocks, self.owners])
 
     def step(self, held: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings) -> None:
         """One step of docs/algorithm.md.
@@ -119,7 +96,7 @@ class ShardedGroup:
         self.last_step = max(tensor.step for tensor in present)
         with self._stopwatch.phase("elementwise"):
             self._filter_and_graft(tensors)
-        if self.blocks:
+        if self.table.blocks:
             self._precondition(tensors, settings)
         with self._stopwatch.phase("elementwise"):
             for tensor in present:
@@ -221,7 +198,7 @@ class ShardedGroup:
         for stack, rows in zip(self.stacks, self._rows, strict=True):
             flags[rows] = torch.tensor(stack.ready, dtype=flags.dtype).to(self._device, non_blocking=True)
         shared = torch.stack([squares, flags])
-        dist.all_reduce(shared, group=self.partition.process_group)
+        dist.all_reduce(shared, group=self.table.partition.process_group)
         return shared[0], shared[1]
 
     def _step_of(self, block: Block, tensors: Sequence[TensorStep | None]) -> int:
@@ -231,39 +208,6 @@ class ShardedGroup:
         """
         tensor = tensors[self._buffers.get(block.parameter, 0)]
         return tensor.step if tensor is not None else 0
-
-    def _pieces(self) -> list[Piece]:
-        numbered: dict[str, list[tuple[int, Block]]] = defaultdict(list)
-        for ordinal, block in enumerate(self.blocks):
-            numbered[block.parameter].append((ordinal, block))
-        pieces: list[Piece] = []
-        for fragment in self.partition.fragments:
-            blocked = self.blocked[fragment.parameter][0]
-            if blocked is not None:
-                pieces.extend(pieces_of(fragment, blocked.shape, numbered[fragment.parameter]))
-        return pieces
-
-    def _stack_owned(self, places: Sequence[int]) -> None:
-        by_shape: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
-        for ordinal, (block, owner) in enumerate(zip(self.blocks, self.owners, strict=True)):
-            if owner == self.partition.rank:
-                by_shape[block.shape, block.preconditioned].append(ordinal)
-        self._ordinals = list(by_shape.values())
-        self._places = {
-            ordinal: StackPlace(stack, slot)
-            for stack, ordinals in enumerate(self._ordinals)
-            for slot, ordinal in enumerate(ordinals)
-        }
-        self.stacks = [
-            ShampooPreconditioner([self.blocks[ordinal] for ordinal in ordinals], self._device)
-            for ordinals in self._ordinals
-        ]
-        self._keepers = [
-            RootKeeper(stack, [places[ordinal] for ordinal in ordinals], self._service, self.counts)
-            for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
-        ]
-        self._rows = [torch.tensor(ordinals, device=self._device) for ordinals in self._ordinals]
-        self._kept: tuple[list[Tensor], list[Tensor]] | None = None
 
     def _workspace(self) -> tuple[list[Tensor], list[Tensor]]:
         """Two tensors [n, *shape] per stack for the time of a step.
@@ -281,27 +225,6 @@ class ShardedGroup:
         return gathered, scratch
 
 
-def block_parameter(parameter: LogicalParameter, settings: GroupSettings) -> tuple[BlockedParameter | None, str]:
-    """A parameter's blocks, or None and the reason why it isn't preconditioned."""
-    vocabulary = parameter.role in (Role.EMBEDDING, Role.HEAD)
-    if parameter.excluded:
-        return None, "preconditioned: false"
-    if vocabulary and settings.embedding == "diagonal":
-        return None, f"{parameter.role.value} (embedding: diagonal)"
-    blocked = cut(
-        parameter.name,
-        parameter.shape,
-        block_size=settings.block_size,
-        max_preconditioner_dim=settings.max_preconditioner_dim,
-        merge=settings.merge_small_dims,
-        skip_first_dim=vocabulary and settings.embedding == "one_sided",
-    )
-    if blocked is not None:
-        return blocked, ""
-    wide = sum(dim > 1 for dim in parameter.shape) >= 2
-    return None, "every dim is above max_preconditioner_dim" if wide else "fewer than two dims above 1"
-
-
 def _rescaled(directions: Tensor, squares: Tensor | None) -> Tensor:
     """Stacked directions [n, *shape], each brought to the norm whose square is given; a zero one stays zero."""
     if squares is None:
@@ -316,17 +239,3 @@ def _unstage(updates: Sequence[Tensor | None], tensors: Sequence[TensorStep | No
     for update, tensor in zip(updates, tensors, strict=True):
         if tensor is not None and update is not None and update is not tensor.update:
             tensor.update.copy_(update)
-
-
-def _homes(blocks: int, pieces: Sequence[Piece], world_size: int) -> list[int | None]:
-    """The rank that holds most of each block, the lowest of equals; None where every rank holds all of it."""
-    held = [Counter[int]() for _ in range(blocks)]
-    for piece in pieces:
-        held[piece.block][piece.rank] += piece.box.numel
-    return [_home(counter, world_size) for counter in held]
-
-
-def _home(held: Counter[int], world_size: int) -> int | None:
-    if world_size > 1 and len(held) == world_size and len(set(held.values())) == 1:
-        return None
-    return min(held, key=lambda rank: (-held[rank], rank))

@@ -25,16 +25,16 @@ from ds_shampoo.config import (
 from ds_shampoo.elementwise import new_state
 from ds_shampoo.group import ShardedGroup
 from ds_shampoo.host.service import RootService
+from ds_shampoo.metrics import collect
 from ds_shampoo.report import render
+from ds_shampoo.saving import blocks_state, check_fits, load_blocks, restore_exactly
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
+from ds_shampoo.sharding.table import block_table
 from ds_shampoo.stopwatch import Stopwatch
 
 logger = logging.getLogger("ds_shampoo")
 
 NamedParameters = Iterable[tuple[str, Tensor]]
-
-# Settings that decide which blocks there are; a checkpoint made with others can't be taken up.
-_STRUCTURAL = ("block_size", "max_preconditioner_dim", "merge_small_dims", "embedding")
 
 
 class Shampoo(Optimizer):
@@ -213,34 +213,14 @@ class Shampoo(Optimizer):
         Args:
             sync: wait for the device, so that the times are those of the last step.
         """
-        groups = self._groups.values()
-        slots = [(group, entry) for group in groups for entry in group.slots()]
-        ages = [age for group, (_, _, keeper, slot) in slots if (age := keeper.age(slot, group.last_step)) is not None]
-        return {
-            "owned_blocks": len(slots),
-            "preconditioned_blocks": len(ages),
-            "root_updates": sum(group.counts.updates for group in groups),
-            "root_fallbacks": sum(group.counts.fallbacks for group in groups),
-            "roots_skipped": sum(group.counts.skipped for group in groups),
-            "roots_rejected": sum(group.counts.rejected for group in groups),
-            "root_age_mean": sum(ages) / len(ages) if ages else 0.0,
-            "root_age_max": max(ages, default=0),
-            "exchange_bytes": sum(group.exchange_bytes for group in groups),
-            **self._service.metrics(),
-            **{f"{phase}_ms": ms for phase, ms in self._stopwatch.read(sync).items()},
-        }
+        return collect(self._groups.values(), self._service, self._stopwatch, sync)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's `state` and `param_groups`, and `blocks`: this rank's factors and roots by block name.
 
         Plain tensors and numbers only, so that `torch.load(weights_only=True)` takes it.
         """
-        blocks = {
-            str(block): {**stack.block_state(slot), **keeper.block_state(slot)}
-            for group in self._groups.values()
-            for block, stack, keeper, slot in group.slots()
-        }
-        return {**super().state_dict(), "blocks": blocks}
+        return {**super().state_dict(), "blocks": blocks_state(self._groups.values())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave, bit for bit, on the rank and world size that saved it.
@@ -251,26 +231,12 @@ class Shampoo(Optimizer):
         Raises:
             SettingsError: if the blocks were cut with other settings, or factors are missing.
         """
-        self._check_groups(state_dict)
+        check_fits(state_dict, self.param_groups)
         super().load_state_dict(dict(state_dict))
-        self._restore_exactly(state_dict)
+        restore_exactly(self.state, state_dict, self.param_groups)
         self.prepare()
-        saved = state_dict["blocks"]
-        if not saved and not state_dict["state"]:
-            return
-        entries = [entry for group in self._groups.values() for entry in group.slots()]
-        missing = [str(block) for block, *_ in entries if str(block) not in saved]
-        if missing:
-            raise SettingsError(
-                f"the checkpoint lacks the factors of {len(missing)} of this rank's {len(entries)} blocks, "
-                f"{missing[0]} first: it was saved by another world size or another model, or at ZeRO stage 0, "
-                "where DeepSpeed keeps rank 0's optimizer only"
-            )
-        for group in self.param_groups:
-            settings = group_settings(group)
-            for block, stack, keeper, slot in self._sharded(group).slots():
-                stack.load_block_state(slot, saved[str(block)])
-                keeper.load_block_state(slot, saved[str(block)], settings)
+        if state_dict["blocks"] or state_dict["state"]:
+            load_blocks(state_dict["blocks"], [(self._sharded(g), group_settings(g)) for g in self.param_groups])
 
     def _sharded(self, group: Mapping[str, Any]) -> ShardedGroup:
         index = group["group_index"]
@@ -278,24 +244,22 @@ class Shampoo(Optimizer):
             partition = self._layout.partition(self._logical[index], group["params"])
             loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
             device = next((p.tensor.device for p in self._logical[index]), torch.device("cpu"))
-            sharded = ShardedGroup(
-                self._logical[index],
-                partition,
+            table = block_table(self._logical[index], partition, group_settings(group), loads)
+            check_agreement(table.fingerprint, partition, device)
+            self._groups[index] = ShardedGroup(
+                table,
                 group_settings(group),
                 self._config.exchange_dtype,
                 device,
-                loads,
                 self._service,
                 self._stopwatch,
-                sum(len(other.blocks) for other in self._groups.values()),
+                sum(len(other.table.blocks) for other in self._groups.values()),
             )
-            check_agreement(sharded.fingerprint, partition, device)
-            self._groups[index] = sharded
             self._log_table()
         return self._groups[index]
 
     def _table(self) -> str:
-        return render(list(self._groups.values())) + self._service.describe()
+        return render([group.table for group in self._groups.values()]) + self._service.describe()
 
     def _log_table(self) -> None:
         """Logs the table of all groups once it is whole, on one rank."""
@@ -321,26 +285,3 @@ class Shampoo(Optimizer):
         name = name or self._names.get(id(tensor), position)
         role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
         return LogicalParameter(name, tensor, tuple(tensor.shape), role, not group.get("preconditioned", True))
-
-    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint of another optimizer or of other blocks before anything is touched."""
-        if "blocks" not in state_dict:
-            raise SettingsError("this is not a state of Shampoo: it has no 'blocks'")
-        for saved, present in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            for key in GroupSettings.model_fields:
-                before, now = saved.get(key), present[key]
-                if before == now or (isinstance(before, list) and tuple(before) == now):
-                    continue
-                if key in _STRUCTURAL:
-                    raise SettingsError(f"Shampoo setting '{key}' = {now!r}: the checkpoint was made with {before!r}")
-                if key != "lr":
-                    logger.warning("'%s' is %r from the checkpoint, not the present %r", key, before, now)
-
-    def _restore_exactly(self, state_dict: Mapping[str, Any]) -> None:
-        """Puts back the fp32 state that torch's own loading has cast to the parameters' dtype."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, param in zip(numbers, params, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][key] = value.detach().to(param.device, copy=True)

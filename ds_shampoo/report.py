@@ -7,15 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from ds_shampoo.algorithm.cost import state_bytes
-
-if TYPE_CHECKING:
-    from ds_shampoo.group import ShardedGroup
+from ds_shampoo.sharding.table import BlockTable
 
 _WIDTH = 140
 
@@ -32,9 +29,9 @@ class _Row:
     bytes: int = 0
 
 
-def render(groups: Sequence[ShardedGroup]) -> str:
+def render(tables: Sequence[BlockTable]) -> str:
     """The table as text, the same on every rank."""
-    rows = _rows(groups)
+    rows = _rows(tables)
     table = Table(title="Shampoo", title_justify="left", caption=_summary(rows), caption_justify="left")
     for column in ("parameter", "shape", "blocks", "blocks by owner rank", "factors + roots"):
         table.add_column(column, overflow="fold")
@@ -61,13 +58,13 @@ def human_bytes(count: int) -> str:
     return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-def _rows(groups: Sequence[ShardedGroup]) -> dict[str, _Row]:
+def _rows(tables: Sequence[BlockTable]) -> dict[str, _Row]:
     rows: dict[str, _Row] = {}
-    for group in groups:
-        owners = dict(zip(group.blocks, group.owners, strict=True))
-        for name, (blocked, reason) in group.blocked.items():
+    for block_table in tables:
+        owners = dict(zip(block_table.blocks, block_table.owners, strict=True))
+        for name, (blocked, reason) in block_table.blocked.items():
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-            shape = group.shapes[name]
+            shape = block_table.shapes[name]
             if pattern in rows and (rows[pattern].shape, rows[pattern].reason) != (shape, reason):
                 pattern = name
             row = rows.setdefault(pattern, _Row(shape, reason))

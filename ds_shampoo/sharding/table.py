@@ -1,0 +1,128 @@
+"""The table of one param group: its blocks, where their pieces lie, and which rank keeps each; equal on all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_shampoo.algorithm import cost
+from ds_shampoo.algorithm.blocks import Block, BlockedParameter, cut
+from ds_shampoo.algorithm.selection import Role
+from ds_shampoo.config import GroupSettings
+from ds_shampoo.sharding.fragments import Fragment, Piece, pieces_of
+from ds_shampoo.sharding.ownership import assign, fingerprint
+from ds_shampoo.sharding.partition import LogicalParameter, Partition
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """What `block_table` finds.
+
+    Attributes:
+        partition: where the group's elements lie.
+        shapes: by name, each parameter's full shape.
+        blocked: by name, each parameter's blocks, or None with the reason why it has none.
+        blocks: all blocks in an order that all ranks share; a block's ordinal is its place here.
+        pieces: the parts of the blocks on all ranks.
+        owners: by ordinal, the rank that keeps the block.
+    """
+
+    partition: Partition
+    shapes: dict[str, tuple[int, ...]]
+    blocked: dict[str, tuple[BlockedParameter | None, str]]
+    blocks: list[Block]
+    pieces: list[Piece]
+    owners: list[int]
+
+    @property
+    def fingerprint(self) -> int:
+        """Equal on all ranks that made the same table of fragments, blocks and owners."""
+        return fingerprint([self.partition.fragments, self.blocks, self.owners])
+
+    @property
+    def whole(self) -> list[Fragment]:
+        """The fragments, on all ranks, of the parameters that are not preconditioned."""
+        return [fragment for fragment in self.partition.fragments if self.blocked[fragment.parameter][0] is None]
+
+    def owned(self) -> list[list[int]]:
+        """This rank's blocks by ordinal, those of one shape together."""
+        by_shape: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+        for ordinal, (block, owner) in enumerate(zip(self.blocks, self.owners, strict=True)):
+            if owner == self.partition.rank:
+                by_shape[block.shape, block.preconditioned].append(ordinal)
+        return list(by_shape.values())
+
+
+def block_table(
+    parameters: Sequence[LogicalParameter], partition: Partition, settings: GroupSettings, loads: list[float]
+) -> BlockTable:
+    """Cuts a group's parameters into blocks and gives each one an owner.
+
+    Args:
+        loads: what each rank carries from other groups already; this group's share is added to it.
+    """
+    placed = {fragment.parameter for fragment in partition.fragments}
+    blocked = {
+        parameter.name: _blocks_of(parameter, settings) if parameter.name in placed else (None, "not trained")
+        for parameter in parameters
+    }
+    blocks = [block for found, _ in blocked.values() if found is not None for block in found.blocks]
+    pieces = _pieces(partition.fragments, blocked, blocks)
+    costs = [cost.step_flops(block, settings.statistics_interval, settings.root_interval) for block in blocks]
+    owners = assign(costs, _homes(len(blocks), pieces, partition.world_size), loads)
+    for owner, load in zip(owners, costs, strict=True):
+        loads[owner] += load
+    shapes = {parameter.name: parameter.shape for parameter in parameters}
+    return BlockTable(partition, shapes, blocked, blocks, pieces, owners)
+
+
+def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[BlockedParameter | None, str]:
+    """A parameter's blocks, or None and the reason why it isn't preconditioned."""
+    vocabulary = parameter.role in (Role.EMBEDDING, Role.HEAD)
+    if parameter.excluded:
+        return None, "preconditioned: false"
+    if vocabulary and settings.embedding == "diagonal":
+        return None, f"{parameter.role.value} (embedding: diagonal)"
+    blocked = cut(
+        parameter.name,
+        parameter.shape,
+        block_size=settings.block_size,
+        max_preconditioner_dim=settings.max_preconditioner_dim,
+        merge=settings.merge_small_dims,
+        skip_first_dim=vocabulary and settings.embedding == "one_sided",
+    )
+    if blocked is not None:
+        return blocked, ""
+    wide = sum(dim > 1 for dim in parameter.shape) >= 2
+    return None, "every dim is above max_preconditioner_dim" if wide else "fewer than two dims above 1"
+
+
+def _pieces(
+    fragments: Sequence[Fragment],
+    blocked: dict[str, tuple[BlockedParameter | None, str]],
+    blocks: Sequence[Block],
+) -> list[Piece]:
+    numbered: dict[str, list[tuple[int, Block]]] = defaultdict(list)
+    for ordinal, block in enumerate(blocks):
+        numbered[block.parameter].append((ordinal, block))
+    pieces: list[Piece] = []
+    for fragment in fragments:
+        found = blocked[fragment.parameter][0]
+        if found is not None:
+            pieces.extend(pieces_of(fragment, found.shape, numbered[fragment.parameter]))
+    return pieces
+
+
+def _homes(blocks: int, pieces: Sequence[Piece], world_size: int) -> list[int | None]:
+    """The rank that holds most of each block, the lowest of equals; None where every rank holds all of it."""
+    held = [Counter[int]() for _ in range(blocks)]
+    for piece in pieces:
+        held[piece.block][piece.rank] += piece.box.numel
+    return [_home(counter, world_size) for counter in held]
+
+
+def _home(held: Counter[int], world_size: int) -> int | None:
+    if world_size > 1 and len(held) == world_size and len(set(held.values())) == 1:
+        return None
+    return min(held, key=lambda rank: (-held[rank], rank))
