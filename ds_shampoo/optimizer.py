@@ -201,7 +201,7 @@ class Shampoo(Optimizer):
         owned_blocks, preconditioned_blocks: blocks of this rank, and those of them whose roots are in force.
         root_updates, root_fallbacks, roots_skipped, roots_rejected: roots put in force since this process began,
         those of them that a fallback gave, boundaries that needed no root, and factors that got none.
-        roots_lost, root_waits, root_wait_ms: jobs whose thread died or hung and that were solved in the step; how
+        roots_failed, root_waits, root_wait_ms: jobs whose thread died or hung and that were solved in the step; how
         often a step waited for a job, and for how long in all.
         root_age_mean, root_age_max: steps since the statistics that the roots in force belong to; 0 for none.
         root_queue_depth, root_threads_busy: jobs not begun yet, and the share of their time that threads worked.

@@ -205,7 +205,7 @@ def test_metrics_count_what_happened() -> None:
     # Begun at steps 1 and 4 for the first block, 2 and 5 for the second; in force two steps later.
     assert metrics["root_updates"] == 2 * 2
     assert (metrics["root_age_mean"], metrics["root_age_max"]) == (3.5, 4)
-    assert metrics["exchange_bytes"] == metrics["roots_lost"] == 0
+    assert metrics["exchange_bytes"] == metrics["roots_failed"] == 0
     run(optimizer, [param], range(5, 6))
     assert optimizer.metrics()["root_age_mean"] == 3
     phases = ("elementwise", "exchange", "statistics", "precondition")

@@ -106,7 +106,7 @@ def test_a_lost_worker_changes_nothing(
     train(params, optimizer, range(STEPS))
     gate.set()
     assert same(params, reference)
-    assert optimizer.metrics()["roots_lost"] == 2
+    assert optimizer.metrics()["roots_failed"] == 2
     assert "block param_" in caplog.text
     assert "its root thread died or hung; it is solved in the step" in caplog.text
 

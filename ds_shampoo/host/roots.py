@@ -32,13 +32,15 @@ class RootCounts:
         updates: roots put in force.
         fallbacks: those of them that a fallback gave.
         skipped: boundaries at which a statistic had moved too little to be solved again.
-        rejected: boundaries at which a factor got no root although it has statistics.
+        rejected: factors that got no root at a boundary although they have statistics.
+        setbacks: boundaries at which a block kept its old roots for that reason.
     """
 
     updates: int = 0
     fallbacks: int = 0
     skipped: int = 0
     rejected: int = 0
+    setbacks: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class _BlockRoots:
         rooted: per factor, the statistic of the root in force (CPU), kept for adaptive refresh only.
         solved: per factor, whether a root was ever accepted.
         failures: consecutive boundaries at which a factor was rejected.
+        setbacks: all of them.
         rooted_at: the step whose statistics the roots in force belong to; 0 for none.
         pending: the jobs under way, if any.
     """
@@ -70,6 +73,7 @@ class _BlockRoots:
     rooted: list[Tensor | None]
     solved: list[bool]
     failures: int = 0
+    setbacks: int = 0
     rooted_at: int = 0
     pending: _Pending | None = field(default=None, repr=False)
 
@@ -117,6 +121,7 @@ class RootKeeper:
             "rooted": [tensor for tensor in block.rooted if tensor is not None],
             "solved": list(block.solved),
             "failures": block.failures,
+            "setbacks": block.setbacks,
             "rooted_at": block.rooted_at,
         }
         if block.pending is not None:
@@ -130,11 +135,15 @@ class RootKeeper:
 
     def load_block_state(self, slot: int, state: Mapping[str, Any], settings: GroupSettings) -> None:
         """Takes back what `block_state` gave; jobs that were under way begin again, and are due when they were."""
-        rooted: list[Tensor | None] = [tensor.clone() for tensor in state["rooted"]]
+        rooted: list[Tensor | None] = [tensor.to("cpu", copy=True) for tensor in state["rooted"]]
         if len(rooted) != len(self._stack.factors):
             rooted = [None] * len(self._stack.factors)
         block = self._blocks[slot] = _BlockRoots(
-            rooted, [bool(solved) for solved in state["solved"]], int(state["failures"]), int(state["rooted_at"])
+            rooted,
+            [bool(solved) for solved in state["solved"]],
+            int(state["failures"]),
+            int(state["setbacks"]),
+            int(state["rooted_at"]),
         )
         pending = state.get("pending")
         if pending is not None:
@@ -214,10 +223,13 @@ class RootKeeper:
         block, stack, name = self._blocks[slot], self._stack, self._stack.blocks[slot]
         if reasons:
             block.failures += 1
-            if self._counts.rejected in _WARN_AT:
+            block.setbacks += 1
+            self._counts.setbacks += 1
+            if self._counts.setbacks in _WARN_AT:
                 logger.warning(
-                    "block %s: a root was rejected (%s) and the old one stays in force; %d rejected so far",
-                    name, reasons[0], self._counts.rejected,
+                    "block %s: a root was rejected (%s) and the old one stays in force; number %d of this block, "
+                    "%d of this rank's blocks in all",
+                    name, reasons[0], block.setbacks, self._counts.setbacks,
                 )  # fmt: skip
             if block.failures == settings.max_root_failures:
                 stack.ready[slot] = False

@@ -95,12 +95,12 @@ class RootService:
             logger.warning("%s", self._plan.crowding)
 
     def metrics(self) -> Mapping[str, float]:
-        """Counts since the start of this process: root_waits, root_wait_ms, roots_lost, and what is so now."""
+        """Counts since the start of this process: root_waits, root_wait_ms, roots_failed, and what is so now."""
         pool = self._pool
         numbers: dict[str, Any] = {
             "root_waits": pool.waits if pool else 0,
             "root_wait_ms": 1e3 * pool.wait_s if pool else 0.0,
-            "roots_lost": pool.lost if pool else 0,
+            "roots_failed": pool.lost if pool else 0,
             "root_queue_depth": pool.queue_depth() if pool else 0,
             "root_threads_busy": pool.busy_share() if pool else 0.0,
             "snapshot_bytes": self.transfers.bytes,

@@ -45,12 +45,12 @@ class Transfers:
         self._counting = threading.Lock()
 
     def snapshot(self, source: Tensor) -> HostCopy:
-        """Copies a device tensor to the host, behind what the training stream has been given so far."""
+        """Copies a tensor to the host, behind what the training stream has been given so far."""
         buffer = self._buffer(self._snapshots, source.shape)
         if self._side is None:
             buffer.copy_(source)
             return HostCopy(buffer)
-        self._side.wait_stream(self._module.current_stream(source.device))
+        self._side.wait_stream(self._module.current_stream(self._side.device))
         with self._module.stream(self._side):
             buffer.copy_(source, non_blocking=True)
             event = self._module.Event()

@@ -80,10 +80,11 @@ def test_rejected_roots_stay_then_give_way_and_come_back(caplog: pytest.LogCaptu
     old = stack.roots[0][0].clone()
 
     healthy = [factor.clone() for factor in stack.factors]
-    stack.factors[0][0].fill_(math.nan)
+    for factor in stack.factors:
+        factor[0].fill_(math.nan)
     with caplog.at_level(logging.WARNING, "ds_shampoo"):
         keeper.advance([2, 2], chosen)
-        assert counts.rejected == 1
+        assert counts.rejected == 2
         assert stack.ready == [True, True]
         assert torch.equal(stack.roots[0][0], old)
         keeper.advance([3, 3], chosen)
@@ -93,9 +94,11 @@ def test_rejected_roots_stay_then_give_way_and_come_back(caplog: pytest.LogCaptu
             factor.copy_(value)
         keeper.advance([4, 4], chosen)
     assert stack.ready == [True, True]
-    assert counts.rejected == 2
+    assert counts.rejected == 4
     messages = " ".join(record.getMessage() for record in caplog.records)
     assert "w[0]" in messages
+    assert "number 1 of this block, 1 of this rank's blocks in all" in messages
+    assert keeper.block_state(0)["setbacks"] == 2
     assert "takes its grafting step from now on" in messages
     assert "is preconditioned again" in messages
 
