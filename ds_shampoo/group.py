@@ -1,8 +1,8 @@
-"""One param group at work: the step that joins elementwise state and the blocks that this rank owns."""
+"""A param group, or a part of one, at work: the step that joins elementwise state and the blocks of this rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
 from ds_shampoo.config import GroupSettings
 from ds_shampoo.elementwise import TensorStep
 from ds_shampoo.host.roots import RootCounts, RootKeeper
-from ds_shampoo.host.schedule import RootSchedule, stagger
+from ds_shampoo.host.schedule import RootSchedule
 from ds_shampoo.host.service import RootService
 from ds_shampoo.sharding.exchange import ExchangePlan, StackPlace
 from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
@@ -26,10 +26,10 @@ _EXCHANGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ShardedGroup:
-    """A param group, the blocks of it that this rank owns, and how both meet.
+    """What is stepped together, the blocks of it that this rank owns, and how both meet.
 
     Attributes:
-        table: the group's blocks and their owners.
+        table: the blocks and their owners.
         stacks: this rank's blocks, stacked by shape.
         counts: what became of their roots.
         exchange_bytes: what this rank sent in the last step.
@@ -44,22 +44,21 @@ class ShardedGroup:
         device: torch.device,
         service: RootService,
         stopwatch: Stopwatch,
-        first_place: int,
+        places: Mapping[Block, int],
     ) -> None:
         """
         Args:
             device: where blocks are kept and preconditioned; shards may lie on the host (ZeRO-Offload).
-            first_place: how many blocks other groups have, for their boundaries to stand beside this one's.
+            places: every block's, in `stagger`'s order.
         """
         self.table, self._device, self._stopwatch = table, device, stopwatch
         partition, blocks, owners = table.partition, table.blocks, table.owners
         self._ordinals = table.owned()
         self._rows = [torch.tensor(ordinals, device=device) for ordinals in self._ordinals]
         self.stacks = [ShampooPreconditioner([blocks[i] for i in ordinals], device) for ordinals in self._ordinals]
-        places, self.counts = stagger(blocks, first_place), RootCounts()
+        self.counts = RootCounts()
         self._keepers = [
-            RootKeeper(stack, [places[i] for i in ordinals], service, self.counts)
-            for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
+            RootKeeper(stack, [places[block] for block in stack.blocks], service, self.counts) for stack in self.stacks
         ]
         stacked = {
             ordinal: StackPlace(stack, slot)

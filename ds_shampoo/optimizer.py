@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ds_shampoo.algorithm import selection
+from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.config import (
     Grafting,
     GroupSettings,
@@ -24,12 +24,13 @@ from ds_shampoo.config import (
 )
 from ds_shampoo.elementwise import new_state
 from ds_shampoo.group import ShardedGroup
+from ds_shampoo.host.schedule import stagger
 from ds_shampoo.host.service import RootService
 from ds_shampoo.metrics import collect
 from ds_shampoo.report import render
 from ds_shampoo.saving import blocks_state, check_fits, load_blocks, restore_exactly
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
-from ds_shampoo.sharding.table import block_table
+from ds_shampoo.sharding.table import block_table, cut_all
 from ds_shampoo.stopwatch import Stopwatch
 
 logger = logging.getLogger("ds_shampoo")
@@ -120,14 +121,16 @@ class Shampoo(Optimizer):
         self._names = selection.names(model) if model is not None else {}
         self._roles = selection.roles(model) if model is not None else {}
         self._logical: list[list[LogicalParameter]] = []
-        self._groups: dict[int, ShardedGroup] = {}
+        self._places: list[dict[Block, int]] = []
+        self._groups: dict[tuple[int, int], ShardedGroup] = {}
         self._loads: dict[int, list[float]] = {}
-        self._stepped: set[int] = set()
+        self._stepped: set[ShardedGroup] = set()
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
-        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        self._service = RootService(config, device)
-        self._stopwatch = Stopwatch(device)
+        first = next((parameter for group in self._logical for parameter in group), None)
+        self._device = self._layout.device(first.tensor) if first is not None else torch.device("cpu")
+        self._service = RootService(config, self._device)
+        self._stopwatch = Stopwatch(self._device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
@@ -151,6 +154,9 @@ class Shampoo(Optimizer):
             "params": [parameter.tensor for parameter in logical],
         }
         super().add_param_group({**group, "group_index": len(self._logical)})
+        blocks = self._layout.everyones(cut_all(logical, settings))
+        first = sum(len(places) for places in self._places)
+        self._places.append(dict(zip(blocks, stagger(blocks, first), strict=True)))
         self._logical.append(logical)
 
     @torch.no_grad()
@@ -165,29 +171,31 @@ class Shampoo(Optimizer):
         if not self._layout.in_training():
             return
         for group in self.param_groups:
-            sharded, index = self._sharded(group), group["group_index"]
-            if not self._stepped or index in self._stepped:
+            if not group["params"]:
+                continue
+            sharded = self._sharded(group, group["params"])
+            if not self._stepped or sharded in self._stepped:
                 self._stepped.clear()
                 self._service.begin_step()
             states = [self._state_of(param) for param in group["params"]]
             sharded.step(group["params"], states, group_settings(group))
-            self._stepped.add(index)
+            self._stepped.add(sharded)
             if self.between_steps:
                 self._stopwatch.end_step()
 
     @property
     def between_steps(self) -> bool:
-        """Whether every param group has taken the step; ZeRO calls `step` once for each of them."""
-        return len(self._stepped) == sum(bool(logical) for logical in self._logical)
+        """Whether everything has taken the step; ZeRO calls `step` once for each param group, or for parts of it."""
+        return len(self._stepped) == self._count()
 
     def prepare(self) -> None:
         """Builds blocks, owners and state of all groups now rather than at the first step.
 
         To be called while all groups are in place; it is what `describe` and `load_state_dict` do first.
         """
-        for group in self.param_groups:
-            self._sharded(group)
-            for param in group["params"]:
+        for group, held in self._held():
+            self._sharded(group, held)
+            for param in held:
                 self._state_of(param)
 
     def describe(self) -> str:
@@ -236,36 +244,56 @@ class Shampoo(Optimizer):
         restore_exactly(self.state, state_dict, self.param_groups)
         self.prepare()
         if state_dict["blocks"] or state_dict["state"]:
-            load_blocks(state_dict["blocks"], [(self._sharded(g), group_settings(g)) for g in self.param_groups])
+            load_blocks(
+                state_dict["blocks"],
+                [(self._sharded(group, held), group_settings(group)) for group, held in self._held()],
+            )
 
-    def _sharded(self, group: Mapping[str, Any]) -> ShardedGroup:
-        index = group["group_index"]
-        if index not in self._groups:
-            partition = self._layout.partition(self._logical[index], group["params"])
+    def _held(self) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
+        """What is stepped together: every param group, or its parts, with the tensors that stand for it."""
+        for group in self.param_groups:
+            parts = self._layout.parts(group["group_index"])
+            if parts is None and group["params"]:
+                yield group, group["params"]
+            for part in parts or ():
+                yield group, [part]
+
+    def _count(self) -> int:
+        """How much there is of what is stepped together."""
+        parts = [self._layout.parts(index) for index in range(len(self._logical))]
+        return sum(
+            bool(logical) if own is None else len(own) for logical, own in zip(self._logical, parts, strict=True)
+        )
+
+    def _sharded(self, group: Mapping[str, Any], held: Sequence[Tensor]) -> ShardedGroup:
+        index, settings = group["group_index"], group_settings(group)
+        key = index, id(held[0])
+        if key not in self._groups:
+            members = self._layout.members(self._logical[index], held)
+            partition = self._layout.partition(members, held)
             loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
-            device = next((p.tensor.device for p in self._logical[index]), torch.device("cpu"))
-            table = block_table(self._logical[index], partition, group_settings(group), loads)
-            check_agreement(table.fingerprint, partition, device)
-            self._groups[index] = ShardedGroup(
+            table = block_table(members, partition, settings, loads)
+            check_agreement(table.fingerprint, partition, self._device)
+            self._groups[key] = ShardedGroup(
                 table,
-                group_settings(group),
+                settings,
                 self._config.exchange_dtype,
-                device,
+                self._device,
                 self._service,
                 self._stopwatch,
-                sum(len(other.table.blocks) for other in self._groups.values()),
+                self._places[index],
             )
             self._log_table()
-        return self._groups[index]
+        return self._groups[key]
 
     def _table(self) -> str:
         return render([group.table for group in self._groups.values()]) + self._service.describe()
 
     def _log_table(self) -> None:
-        """Logs the table of all groups once it is whole, on one rank."""
-        if len(self._groups) < sum(bool(logical) for logical in self._logical):
+        """Logs the table of all groups once it is whole, on the first rank of those that share it."""
+        if len(self._groups) < self._count():
             return
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if all(group.table.partition.rank == 0 for group in self._groups.values()):
             logger.info("\n%s", self._table())
             self._service.warn_of_crowding()
 
@@ -284,4 +312,5 @@ class Shampoo(Optimizer):
         position = f"param_{sum(len(logical) for logical in self._logical) + number}"
         name = name or self._names.get(id(tensor), position)
         role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
-        return LogicalParameter(name, tensor, tuple(tensor.shape), role, not group.get("preconditioned", True))
+        shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
+        return LogicalParameter(name, tensor, shape, role, excluded)

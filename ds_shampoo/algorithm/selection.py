@@ -30,6 +30,11 @@ class Role(enum.Enum):
     HEAD = "output head"
 
 
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has taken its elements away and left the shape in `ds_shape`."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def roles(model: nn.Module) -> dict[int, Role]:
     """The role of every parameter of a model, by `id(parameter)`.
 
@@ -40,7 +45,7 @@ def roles(model: nn.Module) -> dict[int, Role]:
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
     if isinstance(output, nn.Module):
-        found.update({id(p): Role.HEAD for p in output.parameters() if p.dim() > 1})
+        found.update({id(p): Role.HEAD for p in output.parameters() if len(full_shape(p)) > 1})
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             found[id(module.weight)] = Role.EMBEDDING
@@ -51,7 +56,7 @@ def name_role(name: str, parameter: Tensor) -> Role:
     """The role that a parameter's own attributes and name suggest, where no module is at hand."""
     parts = [part for part in name.split(".") if part != "weight"]
     leaf = parts[-1] if parts else ""
-    if parameter.dim() < 2:
+    if len(full_shape(parameter)) < 2:
         return Role.WEIGHT
     if leaf in _EMBEDDING_NAMES:
         return Role.EMBEDDING

@@ -46,9 +46,10 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
         return Shampoo(params, **settings)
     from ds_shampoo.deepspeed.layouts import layout_for
     from ds_shampoo.deepspeed.monitor import MonitorFeed
-    from ds_shampoo.deepspeed.support import refuse_unsupported
+    from ds_shampoo.deepspeed.support import refuse_factors_of_tied_layers, refuse_unsupported
 
     refuse_unsupported(engine)
+    refuse_factors_of_tied_layers(engine, parse(settings))
     _log_to_stdout()
     optimizer = Shampoo(params, **settings, model=engine.module, layout=layout_for(engine))
     optimizer.register_step_post_hook(MonitorFeed(engine))

@@ -1,7 +1,8 @@
-"""How ZeRO's stages 0, 1 and 2 lay a param group out over the data-parallel ranks, read from the tensors themselves."""
+"""How ZeRO's stages lay a param group out over the data-parallel ranks, read from the tensors themselves."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
 
 
 def layout_for(engine: Any) -> Layout:
     """The layout of the engine's ZeRO stage."""
-    return FlatLayout(engine) if engine.zero_optimization_stage() else ReplicatedLayout(engine)
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return SubGroupLayout(engine)
+    return FlatLayout(engine) if stage else ReplicatedLayout(engine)
 
 
 class _EngineLayout:
@@ -30,21 +35,41 @@ class _EngineLayout:
         engine = self._engine()
         return engine is not None and engine.optimizer is not None
 
+    def device(self, parameter: Tensor) -> torch.device:
+        return torch.device(self._present_engine().device)
+
+    def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """Under pipeline parallelism other ranks have other layers; ranks are ordered by their stage."""
+        if not self._present_engine().pipeline_parallelism:
+            return blocks
+        found: list[Sequence[Block]] = [()] * dist.get_world_size()
+        dist.all_gather_object(found, list(blocks))
+        return list({str(block): block for stage in found for block in stage}.values())
+
+    def parts(self, index: int) -> Sequence[Tensor] | None:
+        return None
+
+    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        return originals
+
+    def _present_engine(self) -> Any:
+        engine = self._engine()
+        assert engine is not None, "an optimizer does not outlive its engine"
+        return engine
+
 
 class ReplicatedLayout(_EngineLayout):
     """Stage 0: every rank holds every parameter whole, as itself or as an fp32 master copy of it."""
 
-    def partition(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        trained = originals
-        if len(held) != len(originals):  # master copies are made of what is trained, in the same order
-            trained = [p for p in originals if p.tensor.requires_grad and p.tensor.numel()]
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        trained = members
+        if len(held) != len(members):  # master copies are made of what is trained, in the same order
+            trained = [p for p in members if p.tensor.requires_grad and p.tensor.numel()]
         if [tuple(tensor.shape) for tensor in held] != [parameter.shape for parameter in trained]:
             raise _misread("the master copies do not have the parameters' shapes")
         for parameter, tensor in zip(trained, held, strict=True):
             _prove(parameter, tensor, parameter.tensor)
-        engine = self._engine()
-        assert engine is not None
-        group = engine.seq_data_parallel_group
+        group = self._replicas(members)
         ranks = range(dist.get_world_size(group))
         fragments = [
             fragment
@@ -53,6 +78,21 @@ class ReplicatedLayout(_EngineLayout):
             if parameter.tensor.requires_grad
         ]
         return Partition(fragments, dist.get_rank(group), len(ranks), group)
+
+    def _replicas(self, members: Sequence[LogicalParameter]) -> dist.ProcessGroup:
+        """The ranks that hold the same parameters: the data-parallel ones, or an expert's."""
+        engine = self._present_engine()
+        names = {_expert_group(parameter.tensor) for parameter in members}
+        if len(names) > 1:
+            raise RuntimeError(
+                "a param group holds both experts and parameters that all ranks share; split it with "
+                "deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer"
+            )
+        name = names.pop()
+        group: dist.ProcessGroup = (
+            engine.seq_data_parallel_group if name is None else engine.expert_data_parallel_group[name]
+        )
+        return group
 
 
 class FlatLayout(_EngineLayout):
@@ -63,8 +103,8 @@ class FlatLayout(_EngineLayout):
     did to the order and padding.
     """
 
-    def partition(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        trained = [p for p in originals if hasattr(p.tensor, "_hp_mapping") and p.tensor.numel()]
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        trained = [p for p in members if hasattr(p.tensor, "_hp_mapping") and p.tensor.numel()]
         if len(held) != 1 or held[0].dim() != 1 or not trained:
             raise _misread(f"expected one flat tensor per param group, found {[tuple(t.shape) for t in held]}")
         flat, group = held[0], trained[0].tensor._dp_group  # type: ignore[attr-defined]
@@ -80,6 +120,56 @@ class FlatLayout(_EngineLayout):
                 share = flat.narrow(0, fragment.offset, fragment.numel)
                 _prove(parameter, share, parameter.tensor.view(-1).narrow(0, fragment.start, fragment.numel))
         return Partition(fragments, rank, world_size, group)
+
+
+class SubGroupLayout(_EngineLayout):
+    """Stage 3: a param group is stepped in sub-groups, each one flat fp32 tensor with a piece of every parameter in it.
+
+    A parameter of n elements is cut into equal pieces of `partition_numel()`, one per rank, the last of them padded.
+    """
+
+    def parts(self, index: int) -> Sequence[Tensor]:
+        zero = self._zero()
+        flats: Sequence[Tensor] = zero.fp32_partitioned_groups_flat
+        return [flat for number, flat in enumerate(flats) if zero.sub_group_to_group_id[number] == index]
+
+    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        by_tensor = {id(parameter.tensor): parameter for parameter in originals}
+        tensors = self._zero().fp16_groups[self._number(held)]
+        if any(id(tensor) not in by_tensor for tensor in tensors):
+            raise _misread("a sub-group holds a parameter that is not of its param group")
+        return [by_tensor[id(tensor)] for tensor in tensors]
+
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        zero, flat = self._zero(), held[0]
+        ask = getattr(zero, "_get_sub_group_process_group", None)
+        group = ask(self._number(held)) if ask is not None else zero.dp_process_group
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        fragments: list[Fragment] = []
+        offset = 0
+        for parameter in members:
+            size = parameter.tensor.partition_numel()  # type: ignore[attr-defined]
+            numel = math.prod(parameter.shape)
+            for owner in range(world_size):
+                length = min(size, numel - owner * size)
+                if length > 0:
+                    fragments.append(Fragment(parameter.name, owner * size, length, owner, 0, offset))
+                if length > 0 and owner == rank:
+                    _prove_piece(parameter, flat.narrow(0, offset, length))
+            offset += size
+        if offset > flat.numel():
+            raise _misread(f"a sub-group of {flat.numel()} elements should hold {offset}")
+        return Partition(fragments, rank, world_size, group)
+
+    def _zero(self) -> Any:
+        return self._present_engine().optimizer
+
+    def _number(self, held: Sequence[Tensor]) -> int:
+        flats = self._zero().fp32_partitioned_groups_flat
+        found = [number for number, flat in enumerate(flats) if flat is held[0]]
+        if len(held) != 1 or len(found) != 1:
+            raise _misread("expected the flat tensor of one sub-group at a time")
+        return found[0]
 
 
 def _shares(parameter: LogicalParameter, base: int, size: int, world_size: int) -> list[Fragment]:
@@ -100,6 +190,18 @@ def _prove(parameter: LogicalParameter, master: Tensor, present: Tensor) -> None
     """Holds a reading of the layout against the data: a master weight, rounded, is the weight that the model uses."""
     if not torch.equal(master.detach().to(present), present.detach()):
         raise _misread(f"the fp32 master weights found for '{parameter.name}' are not that parameter's")
+
+
+def _prove_piece(parameter: LogicalParameter, master: Tensor) -> None:
+    """As `_prove`, for the piece of a parameter that ZeRO-3 keeps on this rank; unless that lies on NVMe."""
+    piece = parameter.tensor.ds_tensor  # type: ignore[attr-defined]
+    if piece.numel() >= master.numel():
+        _prove(parameter, master, piece.view(-1).narrow(0, 0, master.numel()))
+
+
+def _expert_group(tensor: Tensor) -> str | None:
+    """The name of an expert parameter's group, None for a parameter that all data-parallel ranks share."""
+    return None if getattr(tensor, "allreduce", True) else tensor.group_name  # type: ignore[attr-defined]
 
 
 def _nonempty(parameters: Sequence[LogicalParameter]) -> list[LogicalParameter]:

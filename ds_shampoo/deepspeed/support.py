@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ds_shampoo.config import SettingsError
+from ds_shampoo.config import GroupSettings, SettingsError
 
 
 def refuse_unsupported(engine: Any) -> None:
@@ -17,6 +17,21 @@ def refuse_unsupported(engine: Any) -> None:
     for refused, message in _REFUSALS:
         if refused(engine):
             raise SettingsError(message)
+
+
+def refuse_factors_of_tied_layers(engine: Any, settings: GroupSettings) -> None:
+    """Refuses to precondition an embedding of which several pipeline stages hold a copy.
+
+    Each stage would keep factors of its own, and the copies would drift apart by rounding.
+
+    Raises:
+        SettingsError: naming the setting.
+    """
+    if settings.embedding != "diagonal" and getattr(engine.module, "tied_modules", None):
+        raise SettingsError(
+            f"Shampoo setting 'embedding' = '{settings.embedding}': a pipeline with tied layers keeps a copy of them "
+            'on several stages, which would drift apart; use "diagonal"'
+        )
 
 
 def _ask(engine: Any, method: str) -> Any:
@@ -31,10 +46,6 @@ def _offloads(engine: Any, *to: str) -> bool:
 
 
 _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (
-        lambda e: _ask(e, "zero_optimization_stage") == 3,
-        "zero_optimization.stage = 3: Shampoo does not support ZeRO-3 yet; use stage 0, 1 or 2",
-    ),
     (
         lambda e: _ask(e, "fp16_enabled") and _ask(e, "zero_optimization_stage") == 0,
         "fp16.enabled = true at zero_optimization.stage = 0: there DeepSpeed unscales gradients that it never "
@@ -69,14 +80,6 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "managed_gradient_accumulation = false: Shampoo has not been tried with it; leave it out",
     ),
     (
-        lambda e: getattr(e, "pipeline_parallelism", False),
-        "pipeline parallelism (PipelineModule): Shampoo does not support it yet",
-    ),
-    (
-        lambda e: getattr(e, "has_moe_layers", False),
-        "mixture-of-experts layers: Shampoo does not support expert parallelism yet",
-    ),
-    (
         lambda e: getattr(e, "sequence_parallel_size", 1) > 1,
         "sequence parallelism: Shampoo does not support it yet",
     ),
@@ -90,5 +93,9 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
 def _model_parallel_size(engine: Any) -> int:
     autotp = _ask(engine, "autotp_size") or 0
     mpu = getattr(engine, "mpu", None)
-    size = getattr(mpu, "get_model_parallel_world_size", None)
-    return max(autotp, size() if callable(size) else 1)
+    # A pipeline's grid counts its stages among the model-parallel ranks; only those that slice a layer matter here.
+    for name in ("get_slice_parallel_world_size", "get_model_parallel_world_size"):
+        size = getattr(mpu, name, None)
+        if callable(size):
+            return max(autotp, size())
+    return max(autotp, 1)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.sharding.fragments import Fragment
 
@@ -50,13 +51,29 @@ class Partition:
 
 
 class Layout(Protocol):
-    """Turns what a host framework did to the parameters into fragments; one implementation per way of doing it."""
+    """Turns what a host framework did to the parameters into fragments; one implementation per way of doing it.
+
+    A framework steps a param group whole, or in parts that it calls `step` for one after the other (ZeRO-3's
+    sub-groups); `held` is what stands in the group at such a step.
+    """
 
     def in_training(self) -> bool:
         """False while the framework calls `step` only to have state allocated, as DeepSpeed does in set-up."""
 
-    def partition(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        """Maps a param group's original parameters to the tensors that stand in the group now.
+    def device(self, parameter: Tensor) -> torch.device:
+        """Where blocks are kept and preconditioned: that of the model's compute, wherever shards lie."""
+
+    def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """This rank's blocks of a param group together with those that other ranks have, in the model's order."""
+
+    def parts(self, index: int) -> Sequence[Tensor] | None:
+        """The tensors that stand for param group `index`, each stepped by itself; None where it is stepped whole."""
+
+    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        """Those of a param group's original parameters that `held` stands for."""
+
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        """Maps original parameters to the tensors that stand for them.
 
         Raises:
             RuntimeError: if the two can't be brought together; training would go wrong without a sign.
@@ -69,13 +86,25 @@ class WholeLayout:
     def in_training(self) -> bool:
         return True
 
-    def partition(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        if [id(parameter.tensor) for parameter in originals] != [id(tensor) for tensor in held]:
+    def device(self, parameter: Tensor) -> torch.device:
+        return parameter.device
+
+    def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        return blocks
+
+    def parts(self, index: int) -> None:
+        return None
+
+    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        return originals
+
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        if [id(parameter.tensor) for parameter in members] != [id(tensor) for tensor in held]:
             raise RuntimeError(
                 "the parameters of a param group were replaced after Shampoo was constructed; under DeepSpeed "
                 "select Shampoo in the JSON's optimizer section, or call ds_shampoo.initialize"
             )
-        return Partition(whole_fragments(originals, rank=0))
+        return Partition(whole_fragments(members, rank=0))
 
 
 def check_agreement(value: int, partition: Partition, device: torch.device) -> None:

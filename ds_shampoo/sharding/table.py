@@ -1,4 +1,4 @@
-"""The table of one param group: its blocks, where their pieces lie, and which rank keeps each; equal on all ranks."""
+"""What is stepped together, as a table: blocks, where their pieces lie, and who keeps each; equal on all ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BlockTable:
     """What `block_table` finds.
 
     Attributes:
-        partition: where the group's elements lie.
+        partition: where the elements lie.
         shapes: by name, each parameter's full shape.
         blocked: by name, each parameter's blocks, or None with the reason why it has none.
         blocks: all blocks in an order that all ranks share; a block's ordinal is its place here.
@@ -54,13 +54,19 @@ class BlockTable:
         return list(by_shape.values())
 
 
+def cut_all(parameters: Sequence[LogicalParameter], settings: GroupSettings) -> list[Block]:
+    """All blocks of a param group, whether trained or not; a function of names, shapes and settings alone."""
+    found = (_blocks_of(parameter, settings)[0] for parameter in parameters)
+    return [block for blocked in found if blocked is not None for block in blocked.blocks]
+
+
 def block_table(
     parameters: Sequence[LogicalParameter], partition: Partition, settings: GroupSettings, loads: list[float]
 ) -> BlockTable:
-    """Cuts a group's parameters into blocks and gives each one an owner.
+    """Cuts parameters that are stepped together into blocks and gives each one an owner.
 
     Args:
-        loads: what each rank carries from other groups already; this group's share is added to it.
+        loads: what each rank carries already; what it gets here is added to it.
     """
     placed = {fragment.parameter for fragment in partition.fragments}
     blocked = {

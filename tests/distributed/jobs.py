@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import ds_shampoo
 from ds_shampoo import Shampoo
+from ds_shampoo.saving import blocks_state
 from launch.model import GPT, GPTConfig
 
 GLOBAL_BATCH = 8
@@ -54,7 +55,14 @@ def batch(step: int) -> Tensor:
 
 
 def flat(model: nn.Module) -> np.ndarray:
-    return torch.cat([p.detach().float().reshape(-1) for p in model.parameters()]).numpy()
+    """All parameters, whole, also where ZeRO-3 keeps pieces of them only."""
+    parameters = list(model.parameters())
+    with contextlib.ExitStack() as stack:
+        if any(hasattr(p, "ds_id") for p in parameters):
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
+        return torch.cat([p.detach().float().reshape(-1) for p in parameters]).numpy()
 
 
 def alone(
@@ -123,12 +131,25 @@ def engine_config(
 
 @contextlib.contextmanager
 def engine_of(
-    config: dict[str, Any], groups: Callable[[nn.Module], Any] | None = None, plain: bool = False
+    config: dict[str, Any],
+    groups: Callable[[nn.Module], Any] | None = None,
+    plain: bool = False,
+    zero_init: bool = False,
 ) -> Iterator[Any]:
-    """The engine through `ds_shampoo.initialize`, or `plain`ly through DeepSpeed's own with the flag in the config."""
+    """The engine through `ds_shampoo.initialize`, or `plain`ly through DeepSpeed's own with the flag in the config.
+
+    `zero_init` builds the model under `deepspeed.zero.Init`, which hides the parameters' shapes.
+    """
     import deepspeed
 
     model = build_model()
+    if zero_init:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            hidden = build_model()  # its own initialisation finds no elements to write to
+        with deepspeed.zero.GatheredParameters(list(hidden.parameters()), modifier_rank=0):
+            for parameter, value in zip(hidden.parameters(), model.parameters(), strict=True):
+                parameter.data.copy_(value)
+        model = hidden
     parameters = groups(model) if groups else None
     if plain:
         config = {**copy.deepcopy(config), "zero_allow_untested_optimizer": True}
@@ -165,10 +186,14 @@ def train(engine: Any, first: int, steps: int) -> list[float]:
 
 
 def job(
-    config: dict[str, Any], steps: int, groups: Callable[[nn.Module], Any] | None = None, plain: bool = False
+    config: dict[str, Any],
+    steps: int,
+    groups: Callable[[nn.Module], Any] | None = None,
+    plain: bool = False,
+    zero_init: bool = False,
 ) -> Trace:
     """The job from its beginning."""
-    with engine_of(config, groups, plain) as engine:
+    with engine_of(config, groups, plain, zero_init) as engine:
         start = flat(engine.module)
         losses = train(engine, 0, steps)
         return Trace(losses, start, flat(engine.module), engine.basic_optimizer.metrics())
@@ -217,8 +242,8 @@ def fingerprint(engine: Any, optimizer: Shampoo) -> str:
         else:
             digest.update(repr(value).encode())
 
-    state = optimizer.state_dict()
-    take({"state": state["state"], "blocks": state["blocks"]})
+    # Not by `state_dict`: under ZeRO-3 the param groups are empty but for DeepSpeed's own saving.
+    take({"state": list(optimizer.state.values()), "blocks": blocks_state(optimizer._groups.values())})
     return digest.hexdigest()
 
 

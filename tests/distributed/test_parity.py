@@ -51,7 +51,7 @@ def reference() -> Trace:
     return alone(STEPS, SHAMPOO)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_fp32(pools: Pools, reference: Trace, world_size: int, stage: int) -> None:
     traces = pools(world_size).run(jobs.job, engine_config(SHAMPOO, stage, world_size), STEPS)
@@ -83,7 +83,7 @@ def test_the_default_ridge(pools: Pools) -> None:
     ],
     ids=lambda changed: "-".join(map(str, changed.values())),
 )
-@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (4, 2)])
+@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (4, 2), (4, 3)])
 def test_settings(pools: Pools, changed: dict[str, Any], world_size: int, stage: int) -> None:
     settings = {**SHAMPOO, **changed}
     # Rounding to bf16 happens to every block, sent or not, but fp32 noise before it can tip a rounding over.
@@ -92,7 +92,7 @@ def test_settings(pools: Pools, changed: dict[str, Any], world_size: int, stage:
     check(traces, alone(STEPS, settings), tolerance)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_accumulation_clipping_and_groups(pools: Pools, stage: int) -> None:
     config = engine_config(SHAMPOO, stage, 2, accumulation=4, gradient_clipping=0.2)
     traces = pools(2).run(jobs.job, config, STEPS, jobs.decay_groups)
@@ -106,7 +106,29 @@ def test_other_orders_of_the_flat_buffer(pools: Pools, reference: Trace, stage: 
     check(traces, reference, FP32)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+# Small sub-groups, so that one param group is stepped in many parts.
+SUB_GROUPS = {"sub_group_size": 5000}
+
+
+@pytest.mark.parametrize(
+    ("zero", "zero_init"),
+    [
+        (SUB_GROUPS, False),
+        ({}, True),
+        ({**SUB_GROUPS, "stage3_param_persistence_threshold": 0}, True),
+        ({"stage3_param_persistence_threshold": 10**6, "contiguous_gradients": False}, False),
+        ({"overlap_comm": True, "reduce_scatter": False}, False),
+        ({**SUB_GROUPS, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}, True),
+    ],
+    ids=["sub-groups", "zero.Init", "zero.Init-sub-groups", "persistent", "overlap", "offload-all"],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_zero3(pools: Pools, reference: Trace, zero: dict[str, Any], zero_init: bool, accumulation: int) -> None:
+    config = engine_config(SHAMPOO, 3, 2, accumulation, zero=zero)
+    check(pools(2).run(jobs.job, config, STEPS, zero_init=zero_init), reference, FP32)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_optimizer_offload(
@@ -135,10 +157,12 @@ def half_references() -> dict[str, Trace]:
         ("bf16", 1, {}),
         ("bf16", 1, {"data_types": {"grad_accum_dtype": "bf16"}}),
         ("bf16", 2, {}),
+        ("bf16", 3, {}),
         ("fp16", 1, {}),
         ("fp16", 2, {}),
+        ("fp16", 3, {}),
     ],
-    ids=["bf16-0", "bf16-1-BF16_Optimizer", "bf16-1", "bf16-2", "fp16-1", "fp16-2"],
+    ids=["bf16-0", "bf16-1-BF16_Optimizer", "bf16-1", "bf16-2", "bf16-3", "fp16-1", "fp16-2", "fp16-3"],
 )
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_half_precision(
@@ -156,7 +180,7 @@ def test_half_precision(
         assert np.array_equal(traces[0].end, half_references[precision].end)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_both_ways_in_give_the_same_bits(pools: Pools, stage: int) -> None:
     config = engine_config(SHAMPOO, stage, 2)
     ours, plain = (pools(2).run(jobs.job, config, 6, plain=plain)[0] for plain in (False, True))
@@ -172,7 +196,7 @@ def test_without_preconditioning_the_run_is_another(pools: Pools, reference: Tra
     assert distance(trace, reference) > 0.2
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_first_moments_lie_where_deepspeed_looks_for_them(pools: Pools, stage: int) -> None:
     expected = alone(6, SHAMPOO).extra["exp_avg"]
     for found in pools(2).run(jobs.first_moments, engine_config(SHAMPOO, stage, 2), 6):

@@ -1,0 +1,189 @@
+"""Jobs whose ranks hold different layers or experts: DeepSpeed's pipeline engine and its mixture-of-experts layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ds_shampoo
+from ds_shampoo import Shampoo
+from tests.distributed.jobs import CONTEXT, GLOBAL_BATCH, Trace, batch
+
+WIDTH = 32
+VOCABULARY = 256
+MICRO_BATCHES = 2
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def layers() -> list[nn.Module]:
+    """The layers of a small network on bytes; every call gives the same weights."""
+    torch.manual_seed(0)
+    return [
+        nn.Embedding(VOCABULARY, WIDTH),
+        nn.Linear(WIDTH, 96),
+        nn.GELU(),
+        nn.Linear(96, WIDTH),
+        nn.LayerNorm(WIDTH),
+        nn.Linear(WIDTH, 64),
+        nn.GELU(),
+        nn.Linear(64, VOCABULARY),
+    ]
+
+
+class Tied(nn.Module):
+    """The same with one weight for embedding and head, in one process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers()[:5])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.layers(tokens), self.layers[0].weight)
+
+
+def alone(model: nn.Module, settings: dict[str, Any], steps: int) -> Trace:
+    """The model in one process without DeepSpeed."""
+    optimizer, losses = Shampoo(model.parameters(), model=model, **settings), []
+    start = named(model)
+    for step in range(steps):
+        windows = batch(step)
+        loss = loss_of(model(windows[:, :-1]), windows[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return Trace(losses, flat(start), flat(named(model)), optimizer.metrics(), {"end": named(model), "start": start})
+
+
+def sequential(settings: dict[str, Any], steps: int, tied: bool) -> Trace:
+    return alone(Tied() if tied else nn.Sequential(*layers()), settings, steps)
+
+
+def named(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: p.detach().float().numpy().copy() for name, p in model.named_parameters()}
+
+
+def flat(parameters: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([value.ravel() for value in parameters.values()])
+
+
+class SharedEmbedding(nn.Embedding):
+    """The embedding of `layers`, built anew by every stage that has it."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(VOCABULARY, WIDTH)
+
+
+def tied_head(module: nn.Module, hidden: Tensor) -> Tensor:
+    return F.linear(hidden, module.weight)
+
+
+def pipeline(config: dict[str, Any], steps: int, tied: bool) -> Trace:
+    """Two stages on every second rank; `extra` holds this stage's parameters by name."""
+    from deepspeed.pipe import PipelineModule, TiedLayerSpec
+
+    stack: list[Any] = list(layers())
+    if tied:
+        stack = [
+            TiedLayerSpec("embedding", SharedEmbedding),
+            *stack[1:5],
+            TiedLayerSpec("embedding", SharedEmbedding, forward_fn=tied_head),
+        ]
+    module = PipelineModule(layers=stack, num_stages=2, loss_fn=loss_of, partition_method="uniform")
+    engine, *_ = ds_shampoo.initialize(model=module, model_parameters=module.parameters(), config=config)
+    try:
+        start = named(engine.module)
+        dp, ranks = engine.grid.get_data_parallel_id(), engine.grid.get_data_parallel_world_size()
+        losses = []
+        for step in range(steps):
+            mine = batch(step).chunk(ranks)[dp]
+            micro = iter([(w[:, :-1], w[:, 1:]) for w in mine.chunk(MICRO_BATCHES)])
+            losses.append(float(engine.train_batch(micro)))
+        return Trace(
+            losses,
+            flat(start),
+            flat(named(engine.module)),
+            engine.basic_optimizer.metrics(),
+            {"end": named(engine.module), "stage": engine.stage_id},
+        )
+    finally:
+        engine.destroy()
+
+
+class Experts(nn.Module):
+    """A network with a mixture of two experts; every token's output is independent of the other tokens."""
+
+    def __init__(self, ep_size: int, ep_rank: int) -> None:
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.dense = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        weights = [torch.randn(WIDTH, WIDTH) / WIDTH**0.5 for _ in range(2)]
+        gate = torch.randn(2, WIDTH)
+        self.moe = MoE(
+            WIDTH, nn.Linear(WIDTH, WIDTH), num_experts=2, ep_size=ep_size, k=1, drop_tokens=False, use_rts=False
+        )
+        with torch.no_grad():
+            self.moe.deepspeed_moe.gate.wg.weight.copy_(gate)
+            for local, expert in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts):
+                expert.weight.copy_(weights[ep_rank + local])
+                expert.bias.zero_()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = x + F.gelu(self.dense(x))
+        out, *_ = self.moe(x)
+        return self.head(x + out)
+
+
+def experts(config: dict[str, Any], steps: int, ep_size: int) -> Trace:
+    """Experts spread over `ep_size` ranks; `extra` holds parameters by name, experts numbered over all ranks."""
+    import deepspeed.comm as dist
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    ep_rank = dist.get_rank() % ep_size
+    model = Experts(ep_size, ep_rank)
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
+    engine, *_ = ds_shampoo.initialize(model=model, model_parameters=groups, config=config)
+    try:
+        start, losses = globally(named(engine.module), ep_rank), []
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        for step in range(steps):
+            windows = batch(step).chunk(ranks)[rank]
+            loss = loss_of(engine(windows[:, :-1]), windows[:, 1:])
+            engine.backward(loss)
+            engine.step()
+            total = loss.detach().clone()
+            torch.distributed.all_reduce(total)
+            losses.append(total.item() / ranks)
+        end = globally(named(engine.module), ep_rank)
+        return Trace(losses, flat(start), flat(end), engine.basic_optimizer.metrics(), {"start": start, "end": end})
+    finally:
+        engine.destroy()
+
+
+def globally(parameters: dict[str, np.ndarray], ep_rank: int) -> dict[str, np.ndarray]:
+    """Numbers a rank's experts as they are numbered over all ranks."""
+    out = OrderedDict()
+    for name, value in parameters.items():
+        before, found, after = name.partition("deepspeed_experts.")
+        if found:
+            local, _, rest = after.partition(".")
+            name = f"{before}{found}{int(local) + ep_rank}.{rest}"
+        out[name] = value
+    return out
+
+
+__all__ = ["CONTEXT", "GLOBAL_BATCH", "MICRO_BATCHES", "experts", "pipeline", "sequential"]

@@ -1,0 +1,78 @@
+"""Pipelines and mixtures of experts: every rank's part follows the single-process run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed import parallel_jobs
+from tests.distributed.jobs import SHAMPOO, Trace, engine_config
+from tests.distributed.pool import WorkerPool
+from tests.distributed.test_parity import FP32
+
+Pools = Callable[[int], WorkerPool]
+STEPS = 20
+# Roots at every step: on other ranks experts have other numbers, and so other places among the boundaries.
+EVERY_STEP = {**SHAMPOO, "root_interval": 1, "root_delay": 1}
+
+
+def apart(found: dict[str, np.ndarray], expected: Trace) -> float:
+    """The distance of some parameters from those of the reference, relative to how far all of these moved."""
+    difference = sum(np.sum((value - expected.extra["end"][name]) ** 2) for name, value in found.items())
+    moved = sum(np.sum((expected.extra["end"][n] - expected.extra["start"][n]) ** 2) for n in found)
+    return float(difference / moved) ** 0.5
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_pipeline(pools: Pools, stage: int, tied: bool) -> None:
+    config = engine_config(SHAMPOO, stage, 2, parallel_jobs.MICRO_BATCHES)
+    expected = parallel_jobs.sequential(SHAMPOO, STEPS, tied)
+    traces = pools(4).run(parallel_jobs.pipeline, config, STEPS, tied)
+    assert {trace.extra["stage"] for trace in traces} == {0, 1}
+    assert sum(t.metrics["preconditioned_blocks"] for t in traces) == expected.metrics["preconditioned_blocks"] > 0
+    assert sum(t.metrics["root_updates"] for t in traces) == expected.metrics["root_updates"]
+    shared = []
+    for trace in traces:
+        end = trace.extra["end"]
+        if tied:
+            shared.append(end["tied_modules.embedding.weight"])
+            end = {rename(name): value for name, value in end.items()}
+        assert apart(end, expected) <= FP32
+        assert trace.losses == pytest.approx(expected.losses, rel=FP32)
+    assert all(np.array_equal(weight, shared[0]) for weight in shared)
+
+
+def rename(name: str) -> str:
+    """A tied pipeline's name of a parameter in the single process's words."""
+    return "layers.0.weight" if name.startswith("tied_modules") else f"layers.{name}"
+
+
+@pytest.mark.parametrize("embedding", ["one_sided", "blocked"])
+def test_a_tied_embedding_with_factors_of_its_own_on_each_stage_is_refused(pools: Pools, embedding: str) -> None:
+    config = engine_config({**SHAMPOO, "embedding": embedding}, 1, 2, parallel_jobs.MICRO_BATCHES)
+    for message in pools(4).run(refused_pipeline, config):
+        assert f"'embedding' = '{embedding}'" in message
+
+
+def refused_pipeline(config: dict[str, Any]) -> str:
+    try:
+        parallel_jobs.pipeline(config, 1, True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_experts(pools: Pools, stage: int, world_size: int) -> None:
+    (expected,) = pools(1).run(parallel_jobs.experts, engine_config(EVERY_STEP, 0, 1), STEPS, 1)
+    traces = pools(world_size).run(parallel_jobs.experts, engine_config(EVERY_STEP, stage, world_size), STEPS, 2)
+    for trace in traces:
+        assert apart(trace.extra["end"], expected) <= FP32
+        assert trace.losses == pytest.approx(expected.losses, rel=FP32)
+    counted = [sum(t.metrics["preconditioned_blocks"] for t in traces), expected.metrics["preconditioned_blocks"]]
+    assert counted[0] == counted[1] > 0
