@@ -91,11 +91,11 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
 
 
 def _model_parallel_size(engine: Any) -> int:
-    autotp = _ask(engine, "autotp_size") or 0
+    autotp = int(_ask(engine, "autotp_size") or 1)
     mpu = getattr(engine, "mpu", None)
     # A pipeline's grid counts its stages among the model-parallel ranks; only those that slice a layer matter here.
     for name in ("get_slice_parallel_world_size", "get_model_parallel_world_size"):
         size = getattr(mpu, name, None)
         if callable(size):
-            return max(autotp, size())
-    return max(autotp, 1)
+            return max(autotp, int(size()))
+    return autotp
