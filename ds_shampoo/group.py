@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,14 @@ from ds_shampoo.sharding.table import BlockTable
 from ds_shampoo.stopwatch import Stopwatch
 
 _EXCHANGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Unit(NamedTuple):
+    """What is stepped together, with the settings and the elementwise state that its tensors have at present."""
+
+    sharded: ShardedGroup
+    settings: GroupSettings
+    states: Sequence[dict[str, Any]]
 
 
 class ShardedGroup:
@@ -100,6 +108,12 @@ class ShardedGroup:
         with self._stopwatch.phase("elementwise"):
             for tensor in present:
                 tensor.finish()
+
+    def states_by_name(self, states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The elementwise state behind each parameter; a flat shard's is that of all its parameters."""
+        if len(states) == 1:
+            return {name: states[0] for name, (_, reason) in self.table.blocked.items() if reason != "not trained"}
+        return {name: states[buffer] for name, buffer in self._buffers.items()}
 
     def slots(self) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
         """Every owned block with the stack, the root keeper and the slot that hold its state."""

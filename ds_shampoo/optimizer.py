@@ -23,12 +23,12 @@ from ds_shampoo.config import (
     parse_group,
 )
 from ds_shampoo.elementwise import new_state
-from ds_shampoo.group import ShardedGroup
+from ds_shampoo.group import ShardedGroup, Unit
 from ds_shampoo.host.schedule import stagger
 from ds_shampoo.host.service import RootService
 from ds_shampoo.metrics import collect
 from ds_shampoo.report import render
-from ds_shampoo.saving import blocks_state, check_fits, load_blocks, restore_exactly
+from ds_shampoo.saving import blocks_state, check_fits, load_blocks, restore_exactly, with_present_settings
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
 from ds_shampoo.sharding.table import block_table, cut_all
 from ds_shampoo.stopwatch import Stopwatch
@@ -125,6 +125,8 @@ class Shampoo(Optimizer):
         self._groups: dict[tuple[int, int], ShardedGroup] = {}
         self._loads: dict[int, list[float]] = {}
         self._stepped: set[ShardedGroup] = set()
+        # Whether the state that was loaded last was saved by Shampoo.
+        self.took_up_shampoo = False
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
         first = next((parameter for group in self._logical for parameter in group), None)
@@ -228,7 +230,8 @@ class Shampoo(Optimizer):
 
         Plain tensors and numbers only, so that `torch.load(weights_only=True)` takes it.
         """
-        return {**super().state_dict(), "blocks": blocks_state(self._groups.values())}
+        blocks = {} if self._layout.keeps_blocks_apart else blocks_state(self._groups.values())
+        return {**super().state_dict(), "blocks": blocks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave, bit for bit, on the rank and world size that saved it.
@@ -239,15 +242,24 @@ class Shampoo(Optimizer):
         Raises:
             SettingsError: if the blocks were cut with other settings, or factors are missing.
         """
-        check_fits(state_dict, self.param_groups)
+        if self._layout.keeps_blocks_apart:
+            self.took_up_shampoo = "blocks" in state_dict
+            state_dict = {**state_dict, "param_groups": with_present_settings(state_dict, self.param_groups)}
+        else:
+            check_fits(state_dict, self.param_groups)
         super().load_state_dict(dict(state_dict))
         restore_exactly(self.state, state_dict, self.param_groups)
         self.prepare()
-        if state_dict["blocks"] or state_dict["state"]:
-            load_blocks(
-                state_dict["blocks"],
-                [(self._sharded(group, held), group_settings(group)) for group, held in self._held()],
-            )
+        if state_dict.get("blocks"):
+            load_blocks(state_dict["blocks"], self.units())
+
+    def units(self) -> list[Unit]:
+        """Everything that is stepped together, with its present settings and state."""
+        self.prepare()
+        return [
+            Unit(self._sharded(group, held), group_settings(group), [self._state_of(param) for param in held])
+            for group, held in self._held()
+        ]
 
     def _held(self) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
         """What is stepped together: every param group, or its parts, with the tensors that stand for it."""

@@ -200,7 +200,11 @@ if __name__ == "__main__":
         ("raise RuntimeError('training failed')", 1),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -signal.SIGTERM),
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); os.kill(os.getpid(), signal.SIGTERM)", 5),
-        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT),
+        (
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's is ignored\n"
+            "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
+            -signal.SIGINT,
+        ),
         ("os._exit(7)", 7),
         (
             "from torch.utils.data import DataLoader\n"

@@ -44,6 +44,7 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     engine = sys._getframe(1).f_locals.get("self")
     if "deepspeed" not in sys.modules or not isinstance(engine, sys.modules["deepspeed"].DeepSpeedEngine):
         return Shampoo(params, **settings)
+    from ds_shampoo.deepspeed.checkpoint import attach
     from ds_shampoo.deepspeed.layouts import layout_for
     from ds_shampoo.deepspeed.monitor import MonitorFeed
     from ds_shampoo.deepspeed.support import refuse_factors_of_tied_layers, refuse_unsupported
@@ -53,6 +54,7 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     _log_to_stdout()
     optimizer = Shampoo(params, **settings, model=engine.module, layout=layout_for(engine))
     optimizer.register_step_post_hook(MonitorFeed(engine))
+    attach(engine, optimizer)
     return optimizer
 
 

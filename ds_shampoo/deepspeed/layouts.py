@@ -27,6 +27,8 @@ def layout_for(engine: Any) -> Layout:
 class _EngineLayout:
     """What all layouts under an engine share."""
 
+    keeps_blocks_apart = True
+
     def __init__(self, engine: Any) -> None:
         self._engine = weakref.ref(engine)
 

@@ -55,7 +55,12 @@ class Layout(Protocol):
 
     A framework steps a param group whole, or in parts that it calls `step` for one after the other (ZeRO-3's
     sub-groups); `held` is what stands in the group at such a step.
+
+    Attributes:
+        keeps_blocks_apart: the framework's checkpoints have the blocks in files of their own, outside `state_dict`.
     """
+
+    keeps_blocks_apart: bool
 
     def in_training(self) -> bool:
         """False while the framework calls `step` only to have state allocated, as DeepSpeed does in set-up."""
@@ -82,6 +87,8 @@ class Layout(Protocol):
 
 class WholeLayout:
     """One process, every parameter whole: Shampoo as an ordinary torch optimizer."""
+
+    keeps_blocks_apart = False
 
     def in_training(self) -> bool:
         return True

@@ -267,6 +267,67 @@ def resumed(
         return losses, again, np.array_equal(flat(engine.module), end), same_state
 
 
+def saving(config: dict[str, Any], folder: str, save_at: int, steps: int) -> Trace:
+    """A run that saves at `save_at` and goes on to `steps`; the losses are those after the save."""
+    with engine_of(config) as engine:
+        start = flat(engine.module)
+        train(engine, 0, save_at)
+        engine.save_checkpoint(folder)
+        losses = train(engine, save_at, steps - save_at)
+        return Trace(losses, start, flat(engine.module), engine.basic_optimizer.metrics())
+
+
+def loading(config: dict[str, Any], folder: str, first: int, steps: int, **options: Any) -> Trace:
+    """A new engine that takes up the latest checkpoint of the folder and trains steps `first` to `steps`."""
+    with engine_of(config) as engine:
+        path, _ = engine.load_checkpoint(folder, **options)
+        assert path is not None
+        start = flat(engine.module)
+        stacks = [stack for group in engine.basic_optimizer._groups.values() for stack in group.stacks]
+        extra = {"in_force": sum(sum(stack.ready) for stack in stacks)}
+        losses = train(engine, first, steps - first)
+        return Trace(losses, start, flat(engine.module), engine.basic_optimizer.metrics(), extra)
+
+
+def plain_saving(config: dict[str, Any], folder: str, steps: int) -> None:
+    """As `saving`, with any optimizer, and no further than the save."""
+    with engine_of(config) as engine:
+        train(engine, 0, steps)
+        engine.save_checkpoint(folder)
+
+
+def plain_loading(config: dict[str, Any], folder: str, first: int, steps: int) -> list[float]:
+    """As `loading`, with any optimizer."""
+    with engine_of(config) as engine:
+        path, _ = engine.load_checkpoint(folder)
+        assert path is not None
+        return train(engine, first, steps - first)
+
+
+def failing_to_load(config: dict[str, Any], folder: str) -> tuple[str, bool]:
+    """The message with which loading fails, and whether it left every state alone."""
+    with engine_of(config) as engine:
+        train(engine, 0, 2)
+        before = fingerprint(engine, engine.basic_optimizer)
+        try:
+            engine.load_checkpoint(folder)
+        except RuntimeError as error:
+            return str(error), fingerprint(engine, engine.basic_optimizer) == before
+        return "", False
+
+
+def saving_between_micro_batches(config: dict[str, Any], folder: str) -> str:
+    with engine_of(config) as engine:
+        windows = batch(0)[:2]
+        engine.backward(engine(windows[:, :-1], windows[:, 1:]))
+        engine.step()
+        try:
+            engine.save_checkpoint(folder)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+
 def refused(config: dict[str, Any]) -> str:
     """The message with which `initialize` refuses a config."""
     try:

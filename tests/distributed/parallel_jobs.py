@@ -89,6 +89,7 @@ def tied_head(module: nn.Module, hidden: Tensor) -> Tensor:
 
 def pipeline(config: dict[str, Any], steps: int, tied: bool) -> Trace:
     """Two stages on every second rank; `extra` holds this stage's parameters by name."""
+    import deepspeed
     from deepspeed.pipe import PipelineModule, TiedLayerSpec
 
     stack: list[Any] = list(layers())
@@ -117,6 +118,7 @@ def pipeline(config: dict[str, Any], steps: int, tied: bool) -> Trace:
         )
     finally:
         engine.destroy()
+        deepspeed.utils.groups.mpu = None  # DeepSpeed would hand the pipeline's grid on to the next engine
 
 
 class Experts(nn.Module):

@@ -38,8 +38,15 @@ def once(first: Callable[[], object], later: object) -> Callable[[], object]:
     return lambda: next(calls, lambda: later)()
 
 
-def root_threads() -> int:
-    return sum(thread.name == "ds_shampoo-root" for thread in threading.enumerate())
+@pytest.fixture
+def root_threads() -> Callable[[], int]:
+    """Counts the root threads that were started since; other tests' optimizers may still have theirs."""
+
+    def present() -> set[int | None]:
+        return {thread.ident for thread in threading.enumerate() if thread.name == "ds_shampoo-root"}
+
+    before = present()
+    return lambda: len(present() - before)
 
 
 def test_the_most_urgent_first(pool: ThreadPool) -> None:
@@ -105,7 +112,7 @@ def test_a_dead_worker_is_replaced_and_its_task_solved_in_the_step(pool: ThreadP
     assert not behind.lost
 
 
-def test_a_hung_worker_is_replaced_and_what_it_says_later_is_ignored() -> None:
+def test_a_hung_worker_is_replaced_and_what_it_says_later_is_ignored(root_threads: Callable[[], int]) -> None:
     pool, gate = ThreadPool(1, (), 0.2), threading.Event()
 
     def hangs() -> str:
@@ -140,7 +147,7 @@ def test_threads_are_pinned_and_single_and_leave_others_alone() -> None:
     torch.set_num_threads(before)
 
 
-def test_closing_ends_the_threads_and_refuses_more() -> None:
+def test_closing_ends_the_threads_and_refuses_more(root_threads: Callable[[], int]) -> None:
     pool = ThreadPool(3, (), LONG)
     first = task(lambda: 1)
     pool.submit(first)
@@ -153,7 +160,7 @@ def test_closing_ends_the_threads_and_refuses_more() -> None:
         pool.submit(task(lambda: 1))
 
 
-def test_a_pool_that_is_dropped_takes_its_threads_along() -> None:
+def test_a_pool_that_is_dropped_takes_its_threads_along(root_threads: Callable[[], int]) -> None:
     pool = ThreadPool(2, (), LONG)
     pool.submit(task(lambda: 1))
     assert root_threads() == 2

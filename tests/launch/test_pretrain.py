@@ -72,7 +72,7 @@ def check_finished(run: Path, optimizer: str) -> None:
     if optimizer == "Shampoo":
         assert records[-1]["preconditioned_blocks"] == records[-1]["owned_blocks"] > 0
         assert 0 < records[-1]["root_age_max"] < STEPS
-        assert records[-1]["root_updates"] > 0
+        assert max(record["root_updates"] for record in records) > 0
         assert records[-1]["statistics_ms"] > 0
         assert monitored(run, "Train/Shampoo/root_updates") == [record["root_updates"] for record in records]
 

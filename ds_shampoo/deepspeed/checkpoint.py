@@ -1,0 +1,137 @@
+"""`engine.save_checkpoint` and `load_checkpoint`, with the folder `shampoo/` beside DeepSpeed's own files."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import uuid
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_shampoo import saving
+from ds_shampoo.checkpoint.files import FOLDER, BlockReader, CheckpointError, replace_text, write_file, write_index
+from ds_shampoo.optimizer import Shampoo
+
+logger = logging.getLogger("ds_shampoo")
+
+
+def attach(engine: Any, optimizer: Shampoo) -> None:
+    """Has this engine's own `save_checkpoint` and `load_checkpoint` take Shampoo's blocks along.
+
+    Both keep DeepSpeed's arguments and results. Only the one engine changes, and no file of DeepSpeed's.
+    """
+    engine.save_checkpoint = _saving(engine, optimizer, engine.save_checkpoint)
+    engine.load_checkpoint = _loading(engine, optimizer, engine.load_checkpoint)
+
+
+def _saving(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(deepspeeds)
+
+    @functools.wraps(deepspeeds)
+    def save_checkpoint(*positional: Any, **named: Any) -> Any:
+        call = signature.bind(*positional, **named)
+        call.apply_defaults()
+        options = call.arguments
+        _refuse_between_micro_batches(engine)
+        tag = str(options["tag"] if options["tag"] is not None else f"global_step{engine.global_steps}")
+        _save_blocks(engine, optimizer, Path(options["save_dir"], tag, FOLDER))
+        # DeepSpeed writes `latest` in place; a kill in between would leave it empty.
+        ours = options["save_latest"] and not _commits_later(engine)
+        if ours:
+            options["save_latest"] = False
+        result = deepspeeds(*call.args, **call.kwargs)
+        if ours and engine.global_rank == 0:
+            replace_text(Path(options["save_dir"], "latest"), tag)
+        dist.barrier()
+        return result
+
+    return save_checkpoint
+
+
+def _loading(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(deepspeeds)
+
+    @functools.wraps(deepspeeds)
+    def load_checkpoint(*positional: Any, **named: Any) -> Any:
+        call = signature.bind(*positional, **named)
+        call.apply_defaults()
+        options = call.arguments
+        wanted = options["load_optimizer_states"] and not options["load_module_only"]
+        reader = _opened(engine, optimizer, options["load_dir"], options["tag"]) if wanted else None
+        optimizer.took_up_shampoo = False
+        result = deepspeeds(*call.args, **call.kwargs)
+        if reader is not None:
+            saving.restore(optimizer.units(), reader)
+        elif wanted and result[0] is not None:
+            if optimizer.took_up_shampoo:
+                raise CheckpointError(f"{options['load_dir']}: Shampoo saved this, but its folder {FOLDER}/ is missing")
+            logger.warning("the checkpoint is another optimizer's: its moments are kept, all factors start fresh")
+        return result
+
+    return load_checkpoint
+
+
+def _refuse_between_micro_batches(engine: Any) -> None:
+    if not engine.pipeline_parallelism and engine.micro_steps % engine.gradient_accumulation_steps():
+        raise CheckpointError(
+            f"save_checkpoint after micro-batch {engine.micro_steps % engine.gradient_accumulation_steps()} of "
+            f"{engine.gradient_accumulation_steps()}: the gradients of a step half done are in no checkpoint; save "
+            "after the step"
+        )
+
+
+def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
+    """Every rank writes its blocks; then one writes the index of all."""
+    stamp = [uuid.uuid4().hex[:8]]
+    dist.broadcast_object_list(stamp, src=0)
+    units = optimizer.units()
+    states, header = saving.blocks_state(unit.sharded for unit in units), saving.header(units)
+    entry = write_file(folder, f"rank{engine.global_rank:05d}-{stamp[0]}.safetensors", states)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (entry, header))
+    if engine.global_rank == 0:
+        steps: dict[str, int] = {}
+        for _, other in gathered:
+            steps |= other["steps"]
+        write_index(
+            folder,
+            {**header, "ds_shampoo": version("ds-shampoo"), "world_size": len(gathered), "steps": steps},
+            [each for each, _ in gathered],
+        )
+    dist.barrier()
+
+
+def _opened(engine: Any, optimizer: Shampoo, load_dir: str, tag: str | None) -> BlockReader | None:
+    """The checked folder of a checkpoint, None where there is none; before anything is loaded.
+
+    Raises:
+        CheckpointError: on all ranks, if any of them finds something wrong.
+    """
+    latest = Path(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    folder = Path(load_dir, str(tag), FOLDER)
+    reader, problem = None, ""
+    if tag is not None and folder.is_dir():
+        try:
+            reader = BlockReader(folder)
+            saving.check(optimizer.units(), reader)
+        except CheckpointError as error:
+            problem = str(error)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), None)
+    if first is not None:
+        raise CheckpointError(first)
+    return reader
+
+
+def _commits_later(engine: Any) -> bool:
+    """Whether the checkpoint engine writes in the background and names the latest checkpoint itself."""
+    ask = getattr(engine.checkpoint_engine, "is_decoupled", None)
+    return bool(ask()) if ask is not None else False

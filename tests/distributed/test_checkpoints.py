@@ -1,0 +1,150 @@
+"""Checkpoints: the same world bit for bit, another world through the universal form, and what is wrong with a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ds_shampoo.cli import to_universal
+from tests.distributed import jobs
+from tests.distributed.jobs import SHAMPOO, Trace, engine_config
+from tests.distributed.pool import WorkerPool
+from tests.distributed.test_parity import FP32
+
+Pools = Callable[[int], WorkerPool]
+SAVE_AT, STEPS = 8, 16
+
+ADAMW = {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.01, "torch_adam": True}}
+
+
+def blocks_folder(folder: Path) -> Path:
+    return folder / (folder / "latest").read_text() / "shampoo"
+
+
+def apart(run: Trace, reference: Trace) -> float:
+    """How far a run ends from another, relative to how far that one moved after the save."""
+    return float(np.linalg.norm(run.end - reference.end) / np.linalg.norm(reference.end - run.start))
+
+
+@pytest.fixture(scope="module")
+def saved(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trace]:
+    """A checkpoint of two ranks at stage 2, and the run that went on from it."""
+    folder = tmp_path_factory.mktemp("stage2")
+    traces = pools(2).run(jobs.saving, engine_config(SHAMPOO, 2, 2), str(folder), SAVE_AT, STEPS)
+    return folder, traces[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_same_world_resumes_bit_for_bit(pools: Pools, tmp_path: Path, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2)
+    straight = pools(2).run(jobs.saving, config, str(tmp_path), SAVE_AT, STEPS)
+    resumed = pools(2).run(jobs.loading, config, str(tmp_path), SAVE_AT, STEPS)
+    for before, after in zip(straight, resumed, strict=True):
+        assert before.losses == after.losses
+        assert np.array_equal(before.end, after.end)
+    assert sum(trace.extra["in_force"] for trace in resumed) > 0
+
+
+@pytest.fixture(scope="module")
+def universal(
+    pools: Pools, saved: tuple[Path, Trace], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[Path, Trace]]:
+    """By stage, a checkpoint of two ranks in its universal form, and the run that went on from it."""
+    third = tmp_path_factory.mktemp("stage3")
+    trace = pools(2).run(jobs.saving, engine_config(SHAMPOO, 3, 2), str(third), SAVE_AT, STEPS)[0]
+    made = {2: saved, 3: (third, trace)}
+    for folder, _ in made.values():
+        assert to_universal(folder).name == f"global_step{SAVE_AT}_universal"
+    return made
+
+
+# DeepSpeed reads the universal form of stages 1 and 2 at these, and that of stage 3 at stage 3.
+@pytest.mark.parametrize(
+    ("saved_at", "world_size", "stage"), [(2, 1, 1), (2, 1, 2), (2, 4, 1), (2, 4, 2), (3, 1, 3), (3, 4, 3)]
+)
+def test_another_world_goes_on_where_the_run_was(
+    pools: Pools, universal: dict[int, tuple[Path, Trace]], saved_at: int, world_size: int, stage: int
+) -> None:
+    folder, straight = universal[saved_at]
+    config = engine_config(SHAMPOO, stage, world_size, checkpoint={"load_universal": True})
+    for trace in pools(world_size).run(jobs.loading, config, str(folder), SAVE_AT, STEPS):
+        assert apart(trace, straight) <= FP32
+        assert trace.losses == pytest.approx(straight.losses, rel=FP32)
+
+
+def test_the_comparison_notices_lost_roots(pools: Pools, saved: tuple[Path, Trace]) -> None:
+    """Without optimizer states the run goes elsewhere, so that agreement means that they were restored."""
+    folder, straight = saved
+    config = engine_config(SHAMPOO, 2, 2)
+    trace = pools(2).run(jobs.loading, config, str(folder), SAVE_AT, STEPS, load_optimizer_states=False)[0]
+    assert trace.extra["in_force"] == 0
+    assert apart(trace, straight) > 100 * FP32
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [({"root_interval": 7, "root_threads": 2}, True), ({"block_size": 40}, False)],
+    ids=["interval", "block_size"],
+)
+def test_changed_settings(pools: Pools, saved: tuple[Path, Trace], changed: dict[str, Any], kept: bool) -> None:
+    folder, _ = saved
+    traces = pools(2).run(jobs.loading, engine_config({**SHAMPOO, **changed}, 2, 2), str(folder), SAVE_AT, STEPS)
+    assert (sum(trace.extra["in_force"] for trace in traces) > 0) == kept
+    assert all(np.isfinite(trace.losses).all() for trace in traces)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "index", "model"])
+def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(pools: Pools, tmp_path: Path, damage: str) -> None:
+    config = engine_config(SHAMPOO, 2, 2)
+    pools(2).run(jobs.saving, config, str(tmp_path), 3, 3)
+    folder = blocks_folder(tmp_path)
+    file = sorted(folder.glob("rank00001-*.safetensors"))[0]
+    named = [file.name, "block layers."]
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "flipped":
+        content = bytearray(file.read_bytes())
+        content[-1000] ^= 4
+        file.write_bytes(bytes(content))
+    elif damage == "index":
+        (folder / "index.json").write_text("{")
+        named = ["index.json"]
+    else:
+        index = json.loads((folder / "index.json").read_text())
+        for entry in index["files"]:
+            entry["blocks"] = {name.replace("layers.1", "layers.9"): b for name, b in entry["blocks"].items()}
+        (folder / "index.json").write_text(json.dumps(index))
+        named = ["has no block layers.1", "another model"]
+    for message, untouched in pools(2).run(jobs.failing_to_load, config, str(tmp_path)):
+        assert all(part in message for part in named), message
+        assert untouched
+
+
+def test_from_adamw_and_back(pools: Pools, tmp_path: Path) -> None:
+    shampoo = engine_config(SHAMPOO, 2, 2)
+    adamw = {**shampoo, "optimizer": ADAMW, "zero_allow_untested_optimizer": True}
+    pools(2).run(jobs.plain_saving, adamw, str(tmp_path / "adamw"), 4)
+    traces = pools(2).run(jobs.loading, shampoo, str(tmp_path / "adamw"), 4, STEPS)
+    assert all(trace.extra["in_force"] == 0 for trace in traces)
+    assert traces[0].losses[-1] < traces[0].losses[0]
+    assert traces[0].metrics["preconditioned_blocks"] > 0
+    pools(2).run(jobs.saving, shampoo, str(tmp_path / "shampoo"), 4, 4)
+    losses = pools(2).run(jobs.plain_loading, adamw, str(tmp_path / "shampoo"), 4, STEPS)[0]
+    assert losses[-1] < losses[0]
+
+
+def test_between_micro_batches_saving_is_refused(pools: Pools, tmp_path: Path) -> None:
+    for message in pools(2).run(jobs.saving_between_micro_batches, engine_config(SHAMPOO, 2, 2, 2), str(tmp_path)):
+        assert "after micro-batch 1 of 2" in message
+
+
+def test_no_pickle_in_what_is_written(saved: tuple[Path, Trace]) -> None:
+    folder, _ = saved
+    assert {path.suffix for path in blocks_folder(folder).iterdir()} == {".safetensors", ".json"}
