@@ -56,6 +56,15 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         'zero_optimization.offload_optimizer.device = "nvme": Shampoo does not support it; use "cpu"',
     ),
     (
+        lambda e: (_ask(e, "zero_hpz_partition_size") or 1) > 1,
+        "zero_optimization.zero_hpz_partition_size > 1: Shampoo has not been tried with ZeRO++; leave it out",
+    ),
+    (
+        lambda e: _ask(e, "zero_quantized_weights") or _ask(e, "zero_quantized_gradients"),
+        "zero_optimization.zero_quantized_weights or zero_quantized_gradients = true: Shampoo has not been tried with "
+        "ZeRO++; set them to false",
+    ),
+    (
         lambda e: _ask(e, "zero_elastic_checkpoint"),
         "zero_optimization.elastic_checkpoint = true: such a checkpoint would lose Shampoo's factors; set it to false",
     ),

@@ -71,12 +71,20 @@ def test_a_checkpoint_without_this_ranks_factors_is_refused(pools: Pools, tmp_pa
             'zero_optimization.offload_optimizer.device = "nvme"',
         ),
         (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            "zero_optimization.zero_hpz_partition_size > 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            "zero_optimization.zero_quantized_weights or zero_quantized_gradients = true",
+        ),
+        (
             {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}},
             "zero_optimization.elastic_checkpoint = true",
         ),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled = true"),
     ],
-    ids=["fp16-stage0", "offload", "elastic", "autocast"],
+    ids=["fp16-stage0", "nvme", "hpZ", "qgZ", "elastic", "autocast"],
 )
 def test_what_is_not_supported_is_refused_by_name(pools: Pools, change: dict[str, Any], named: str) -> None:
     if "torch_autocast" in change and not hasattr(DeepSpeedEngine, "torch_autocast_enabled"):

@@ -33,7 +33,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
         step = int(latest.read_text().removeprefix("global_step")) if latest.exists() else 0
         assert step >= reached, "a checkpoint that was complete is no longer the latest"
         reached = step
-    assert 0 < reached
+    assert reached > 0
     done = launch("torchrun", *ARGUMENTS, "--runs", tmp_path, "--name", "killed")
     assert done.returncode == 0, done.stdout
     assert f"from step {reached}" in done.stdout or reached == STEPS
