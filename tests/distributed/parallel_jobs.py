@@ -100,8 +100,8 @@ def pipeline(config: dict[str, Any], steps: int, tied: bool) -> Trace:
             TiedLayerSpec("embedding", SharedEmbedding, forward_fn=tied_head),
         ]
     module = PipelineModule(layers=stack, num_stages=2, loss_fn=loss_of, partition_method="uniform")
-    engine, *_ = ds_shampoo.initialize(model=module, model_parameters=module.parameters(), config=config)
     try:
+        engine, *_ = ds_shampoo.initialize(model=module, model_parameters=module.parameters(), config=config)
         start = named(engine.module)
         dp, ranks = engine.grid.get_data_parallel_id(), engine.grid.get_data_parallel_world_size()
         losses = []
@@ -109,15 +109,10 @@ def pipeline(config: dict[str, Any], steps: int, tied: bool) -> Trace:
             mine = batch(step).chunk(ranks)[dp]
             micro = iter([(w[:, :-1], w[:, 1:]) for w in mine.chunk(MICRO_BATCHES)])
             losses.append(float(engine.train_batch(micro)))
-        return Trace(
-            losses,
-            flat(start),
-            flat(named(engine.module)),
-            engine.basic_optimizer.metrics(),
-            {"end": named(engine.module), "stage": engine.stage_id},
-        )
-    finally:
+        end, metrics = named(engine.module), engine.basic_optimizer.metrics()
         engine.destroy()
+        return Trace(losses, flat(start), flat(end), metrics, {"end": end, "stage": engine.stage_id})
+    finally:
         deepspeed.utils.groups.mpu = None  # DeepSpeed would hand the pipeline's grid on to the next engine
 
 
