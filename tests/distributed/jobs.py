@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -326,6 +327,38 @@ def saving_between_micro_batches(config: dict[str, Any], folder: str) -> str:
         except RuntimeError as error:
             return str(error)
         return ""
+
+
+def tiny(config: dict[str, Any], steps: int, matrices: int) -> tuple[list[float], dict[str, float]]:
+    """A model with this many preconditioned blocks of one piece each, on however many ranks there are."""
+    import deepspeed.comm as dist
+
+    torch.manual_seed(0)
+    model: nn.Module = nn.ModuleList([nn.Linear(6, 6, bias=False) for _ in range(matrices)])
+    model.scale = nn.Parameter(torch.ones(6))  # type: ignore[assignment]
+    model.forward = functools.partial(_tiny_loss, model)  # type: ignore[method-assign]
+    engine, *_ = ds_shampoo.initialize(model=model, config=config)
+    try:
+        losses = []
+        for step in range(steps):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            loss = engine(x)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        digests: list[Any] = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(digests, hashlib.sha256(flat(engine.module).tobytes()).hexdigest())
+        assert len(set(digests)) == 1
+        return losses, engine.basic_optimizer.metrics()
+    finally:
+        engine.destroy()
+
+
+def _tiny_loss(model: Any, x: Tensor) -> Tensor:
+    out = x
+    for layer in model:
+        out = layer(out)
+    return (out * model.scale - x.roll(1, dims=1)).square().mean()
 
 
 def refused(config: dict[str, Any]) -> str:

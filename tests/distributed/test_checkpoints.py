@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from ds_shampoo.cli import to_universal
 from tests.distributed import jobs
@@ -148,3 +149,11 @@ def test_between_micro_batches_saving_is_refused(pools: Pools, tmp_path: Path) -
 def test_no_pickle_in_what_is_written(saved: tuple[Path, Trace]) -> None:
     folder, _ = saved
     assert {path.suffix for path in blocks_folder(folder).iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_own_script_reads_the_weights(pools: Pools, tmp_path: Path, stage: int) -> None:
+    traces = pools(2).run(jobs.saving, engine_config(SHAMPOO, stage, 2), str(tmp_path), 4, 4)
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
+    found = np.concatenate([weights[name].detach().numpy().ravel() for name, _ in jobs.build_model().named_parameters()])
+    assert np.array_equal(found, traces[0].end)

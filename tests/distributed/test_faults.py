@@ -56,6 +56,19 @@ def test_one_rank_resumes_at_stage_0(pools: Pools, tmp_path: Path) -> None:
     assert same_state
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("matrices", [0, 1, 2])
+def test_fewer_blocks_than_ranks(pools: Pools, stage: int, matrices: int) -> None:
+    """Ranks without a block, and at stages 1 and 2 without any element of a matrix, take their part all the same."""
+    config = engine_config({"lr": 0.02, "root_interval": 2}, stage, 4)
+    results = pools(4).run(jobs.tiny, config, 12, matrices)
+    for losses, metrics in results:
+        assert losses == results[0][0]
+        assert losses[-1] < losses[0]
+        assert metrics["roots_rejected"] == 0
+    assert sum(metrics["preconditioned_blocks"] for _, metrics in results) == matrices
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
