@@ -145,7 +145,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--segments", type=int, default=6, help=f"timed segments of {SEGMENT} steps per lane")
+    parser.add_argument("--segments", type=int, default=4, help=f"timed segments of {SEGMENT} steps per lane")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step, in windows of 256")
     parser.add_argument("--layers", type=int, default=2, help="layers of the GPT, d_model 512")
     parser.add_argument("--data", type=Path, help="a text file or folder, in the corpus's place")
