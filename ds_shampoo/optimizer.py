@@ -228,7 +228,8 @@ class Shampoo(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's `state` and `param_groups`, and `blocks`: this rank's factors and roots by block name.
 
-        Plain tensors and numbers only, so that `torch.load(weights_only=True)` takes it.
+        Under DeepSpeed `blocks` is empty: `engine.save_checkpoint` writes them to files of their own. Plain tensors
+        and numbers only, so that `torch.load(weights_only=True)` takes it.
         """
         blocks = {} if self._layout.keeps_blocks_apart else blocks_state(self._groups.values())
         return {**super().state_dict(), "blocks": blocks}
@@ -237,7 +238,8 @@ class Shampoo(Optimizer):
         """Restores what `state_dict` gave, bit for bit, on the rank and world size that saved it.
 
         As with every torch optimizer the saved settings come back too; those that differ from the present ones
-        are logged.
+        are logged. Under DeepSpeed the present JSON's hold, but for the scheduler's learning rate, and another
+        optimizer's moments are taken up too.
 
         Raises:
             SettingsError: if the blocks were cut with other settings, or factors are missing.
@@ -322,7 +324,7 @@ class Shampoo(Optimizer):
         if not tensor.is_floating_point():
             raise SettingsError(f"Shampoo can't optimize a parameter of dtype {tensor.dtype}")
         position = f"param_{sum(len(logical) for logical in self._logical) + number}"
-        name = name or self._names.get(id(tensor), position)
+        name = self._layout.name(name or self._names.get(id(tensor), position), tensor)
         role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
         shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
         return LogicalParameter(name, tensor, shape, role, excluded)

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -94,15 +95,14 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
     entry = write_file(folder, f"rank{engine.global_rank:05d}-{stamp[0]}.safetensors", states)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (entry, header))
+    names = Counter(name for each, _ in gathered for name in each.blocks)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise CheckpointError(f"{folder}: {len(twice)} blocks belong to more than one rank, {twice[0]} first")
     if engine.global_rank == 0:
-        steps: dict[str, int] = {}
-        for _, other in gathered:
-            steps |= other["steps"]
-        write_index(
-            folder,
-            {**header, "ds_shampoo": version("ds-shampoo"), "world_size": len(gathered), "steps": steps},
-            [each for each, _ in gathered],
-        )
+        steps = {name: step for _, other in gathered for name, step in other["steps"].items()}
+        all_ranks = {**header, "ds_shampoo": version("ds-shampoo"), "world_size": len(gathered), "steps": steps}
+        write_index(folder, all_ranks, [each for each, _ in gathered])
     dist.barrier()
 
 

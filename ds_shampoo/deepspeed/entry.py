@@ -35,8 +35,9 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     """What DeepSpeed calls for the JSON's optimizer section.
 
     DeepSpeed passes a list of parameters and nothing else. Their names, the modules they belong to and the ZeRO
-    settings are the engine's, so the engine is read from the caller's frame; nothing is patched. Called by
-    anyone else this is plain `Shampoo(params, **settings)`.
+    settings are the engine's, so the engine is read from the caller's frame. Its own `save_checkpoint` and
+    `load_checkpoint` take the blocks along from then on; nothing else is patched. Called by anyone else this is
+    plain `Shampoo(params, **settings)`.
 
     Raises:
         SettingsError: for a wrong setting, or a DeepSpeed feature under which Shampoo can't run yet.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,9 @@ from torch import Tensor
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
+
+# An expert's parameter, as deepspeed.moe names it.
+_EXPERT = re.compile(r"(?P<before>.*deepspeed_experts\.)(?P<number>\d+)(?P<after>\..*)")
 
 
 def layout_for(engine: Any) -> Layout:
@@ -40,9 +44,28 @@ class _EngineLayout:
     def device(self, parameter: Tensor) -> torch.device:
         return torch.device(self._present_engine().device)
 
+    def name(self, name: str, parameter: Tensor) -> str:
+        """Every rank numbers its experts from 0; here they are numbered over all ranks."""
+        group = _expert_group(parameter)
+        if group is None:
+            return name
+        from deepspeed.utils import groups
+
+        found = _EXPERT.match(name)
+        if found is None:
+            raise _misread(f"parameter '{name}' is an expert's, but its name does not tell which expert's")
+        local = {
+            other["number"]
+            for full, _ in self._present_engine().module.named_parameters()
+            if (other := _EXPERT.match(full)) and other["before"] == found["before"]
+        }
+        number = int(found["number"]) + groups._get_expert_parallel_rank(group) * len(local)
+        return f"{found['before']}{number}{found['after']}"
+
     def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
-        """Under pipeline parallelism other ranks have other layers; ranks are ordered by their stage."""
-        if not self._present_engine().pipeline_parallelism:
+        """Under pipeline and expert parallelism other ranks have other blocks; ranks are ordered by their stage."""
+        engine = self._present_engine()
+        if not (engine.pipeline_parallelism or engine.has_moe_layers):
             return blocks
         found: list[Sequence[Block]] = [()] * dist.get_world_size()
         dist.all_gather_object(found, list(blocks))

@@ -68,6 +68,9 @@ class Layout(Protocol):
     def device(self, parameter: Tensor) -> torch.device:
         """Where blocks are kept and preconditioned: that of the model's compute, wherever shards lie."""
 
+    def name(self, name: str, parameter: Tensor) -> str:
+        """A parameter's name among those of all ranks, from its name in this rank's model."""
+
     def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
         """This rank's blocks of a param group together with those that other ranks have, in the model's order."""
 
@@ -95,6 +98,9 @@ class WholeLayout:
 
     def device(self, parameter: Tensor) -> torch.device:
         return parameter.device
+
+    def name(self, name: str, parameter: Tensor) -> str:
+        return name
 
     def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
         return blocks

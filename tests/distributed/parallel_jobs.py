@@ -87,8 +87,13 @@ def tied_head(module: nn.Module, hidden: Tensor) -> Tensor:
     return F.linear(hidden, module.weight)
 
 
-def pipeline(config: dict[str, Any], steps: int, tied: bool) -> Trace:
-    """Two stages on every second rank; `extra` holds this stage's parameters by name."""
+def pipeline(
+    config: dict[str, Any], steps: int, tied: bool, folder: str = "", save_at: int = 0, resume: bool = False
+) -> Trace:
+    """Two stages on every second rank; `extra` holds this stage's parameters by name.
+
+    With a folder the run saves there at `save_at`, or resumes from there and trains on from that step.
+    """
     import deepspeed
     from deepspeed.pipe import PipelineModule, TiedLayerSpec
 
@@ -102,10 +107,14 @@ def pipeline(config: dict[str, Any], steps: int, tied: bool) -> Trace:
     module = PipelineModule(layers=stack, num_stages=2, loss_fn=loss_of, partition_method="uniform")
     try:
         engine, *_ = ds_shampoo.initialize(model=module, model_parameters=module.parameters(), config=config)
+        if resume:
+            engine.load_checkpoint(folder)
         start = named(engine.module)
         dp, ranks = engine.grid.get_data_parallel_id(), engine.grid.get_data_parallel_world_size()
         losses = []
-        for step in range(steps):
+        for step in range(save_at if resume else 0, steps):
+            if folder and step == save_at and not resume:
+                engine.save_checkpoint(folder)
             mine = batch(step).chunk(ranks)[dp]
             micro = iter([(w[:, :-1], w[:, 1:]) for w in mine.chunk(MICRO_BATCHES)])
             losses.append(float(engine.train_batch(micro)))
@@ -145,8 +154,13 @@ class Experts(nn.Module):
         return self.head(x + out)
 
 
-def experts(config: dict[str, Any], steps: int, ep_size: int) -> Trace:
-    """Experts spread over `ep_size` ranks; `extra` holds parameters by name, experts numbered over all ranks."""
+def experts(
+    config: dict[str, Any], steps: int, ep_size: int, folder: str = "", save_at: int = 0, resume: bool = False
+) -> Trace:
+    """Experts spread over `ep_size` ranks; `extra` holds parameters by name, experts numbered over all ranks.
+
+    A folder means what it means to `pipeline`.
+    """
     import deepspeed.comm as dist
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
@@ -155,9 +169,13 @@ def experts(config: dict[str, Any], steps: int, ep_size: int) -> Trace:
     groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
     engine, *_ = ds_shampoo.initialize(model=model, model_parameters=groups, config=config)
     try:
+        if resume:
+            engine.load_checkpoint(folder)
         start, losses = globally(named(engine.module), ep_rank), []
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        for step in range(steps):
+        for step in range(save_at if resume else 0, steps):
+            if folder and step == save_at and not resume:
+                engine.save_checkpoint(folder)
             windows = batch(step).chunk(ranks)[rank]
             loss = loss_of(engine(windows[:, :-1]), windows[:, 1:])
             engine.backward(loss)

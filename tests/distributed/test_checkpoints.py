@@ -155,5 +155,7 @@ def test_no_pickle_in_what_is_written(saved: tuple[Path, Trace]) -> None:
 def test_deepspeeds_own_script_reads_the_weights(pools: Pools, tmp_path: Path, stage: int) -> None:
     traces = pools(2).run(jobs.saving, engine_config(SHAMPOO, stage, 2), str(tmp_path), 4, 4)
     weights = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
-    found = np.concatenate([weights[name].detach().numpy().ravel() for name, _ in jobs.build_model().named_parameters()])
+    found = np.concatenate(
+        [weights[name].detach().numpy().ravel() for name, _ in jobs.build_model().named_parameters()]
+    )
     assert np.array_equal(found, traces[0].end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,6 @@ from tests.distributed.test_parity import FP32
 
 Pools = Callable[[int], WorkerPool]
 STEPS = 20
-# Roots at every step: on other ranks experts have other numbers, and so other places among the boundaries.
-EVERY_STEP = {**SHAMPOO, "root_interval": 1, "root_delay": 1}
 
 
 def apart(found: dict[str, np.ndarray], expected: Trace) -> float:
@@ -69,10 +68,32 @@ def refused_pipeline(config: dict[str, Any]) -> str:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_experts(pools: Pools, stage: int, world_size: int) -> None:
-    (expected,) = pools(1).run(parallel_jobs.experts, engine_config(EVERY_STEP, 0, 1), STEPS, 1)
-    traces = pools(world_size).run(parallel_jobs.experts, engine_config(EVERY_STEP, stage, world_size), STEPS, 2)
+    (expected,) = pools(1).run(parallel_jobs.experts, engine_config(SHAMPOO, 0, 1), STEPS, 1)
+    traces = pools(world_size).run(parallel_jobs.experts, engine_config(SHAMPOO, stage, world_size), STEPS, 2)
     for trace in traces:
         assert apart(trace.extra["end"], expected) <= FP32
         assert trace.losses == pytest.approx(expected.losses, rel=FP32)
     counted = [sum(t.metrics["preconditioned_blocks"] for t in traces), expected.metrics["preconditioned_blocks"]]
     assert counted[0] == counted[1] > 0
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_pipeline_resumes_bit_for_bit(pools: Pools, tmp_path: Path, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2, parallel_jobs.MICRO_BATCHES)
+    straight = pools(4).run(parallel_jobs.pipeline, config, 14, True, str(tmp_path), 7)
+    resumed = pools(4).run(parallel_jobs.pipeline, config, 14, True, str(tmp_path), 7, True)
+    check_resumed(straight, resumed)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_experts_resume_bit_for_bit(pools: Pools, tmp_path: Path, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2)
+    straight = pools(2).run(parallel_jobs.experts, config, 14, 2, str(tmp_path), 7)
+    resumed = pools(2).run(parallel_jobs.experts, config, 14, 2, str(tmp_path), 7, True)
+    check_resumed(straight, resumed)
+
+
+def check_resumed(straight: list[Trace], resumed: list[Trace]) -> None:
+    for before, after in zip(straight, resumed, strict=True):
+        assert before.losses[7:] == after.losses
+        assert np.array_equal(before.end, after.end)

@@ -58,14 +58,17 @@ def inverse_root(matrix: Tensor, p: int, epsilon: float, method: str = "eigh") -
 
     Never raises for a bad matrix: the outcome says what happened.
     """
-    a = matrix.detach().to(device="cpu", dtype=torch.float64)
-    scale = float(a.abs().max()) if a.numel() else 0.0
+    given = matrix.detach().to("cpu")
+    scale = float(given.abs().max()) if given.numel() else 0.0
     if not scale < float("inf"):  # NaN compares false
         return InverseRoot(Outcome.REJECTED, None, 0.0, "the matrix is not finite")
     if scale < _ZERO_BELOW:
         return InverseRoot(Outcome.ZERO, None, 0.0, "the matrix is zero")
+    a = given.to(torch.float64)
     b = torch.add(a, a.mT).mul_(0.5 / scale)
-    used = b.abs().amax(dim=1) > 0
+    used = b.diagonal() != 0
+    if not bool(used.all()):
+        used = b.abs().amax(dim=1) > 0
     compact = b if bool(used.all()) else b[used][:, used]
     reason = ""
     for rung, (name, solve, eps) in enumerate(_chain(method, epsilon)):
