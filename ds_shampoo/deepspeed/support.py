@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from ds_shampoo.config import GroupSettings, SettingsError
+
+# The release in which everything that is not refused was tested.
+_TESTED = (0, 19)
 
 
 def refuse_unsupported(engine: Any) -> None:
@@ -45,7 +49,25 @@ def _offloads(engine: Any, *to: str) -> bool:
     return offload is not None and str(getattr(offload.device, "value", offload.device)) in to
 
 
+def _older_deepspeed() -> bool:
+    """Whether this DeepSpeed is older than the first with which ZeRO-3 and pipelines were held to one trajectory."""
+    import deepspeed
+
+    release = re.match(r"(\d+)\.(\d+)", deepspeed.__version__)
+    return release is not None and (int(release[1]), int(release[2])) < _TESTED
+
+
 _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        lambda e: _ask(e, "zero_optimization_stage") == 3 and _older_deepspeed(),
+        "zero_optimization.stage = 3: with DeepSpeed before 0.19 ranks were seen to drift apart there; upgrade "
+        "DeepSpeed, or use stage 0, 1 or 2",
+    ),
+    (
+        lambda e: getattr(e, "pipeline_parallelism", False) and _older_deepspeed(),
+        "pipeline parallelism (PipelineModule): with DeepSpeed before 0.19 it was seen to follow another trajectory; "
+        "upgrade DeepSpeed",
+    ),
     (
         lambda e: _ask(e, "fp16_enabled") and _ask(e, "zero_optimization_stage") == 0,
         "fp16.enabled = true at zero_optimization.stage = 0: there DeepSpeed unscales gradients that it never "

@@ -1,0 +1,32 @@
+"""What depends on DeepSpeed's release; the rest of the refusals is tested with the real engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import deepspeed
+import pytest
+
+from ds_shampoo import SettingsError
+from ds_shampoo.deepspeed.support import refuse_unsupported
+
+
+@pytest.mark.parametrize("release", ["0.16.0", "0.18.9+abc"])
+@pytest.mark.parametrize(
+    ("engine", "named"),
+    [
+        (SimpleNamespace(zero_optimization_stage=lambda: 3), "zero_optimization.stage = 3: with DeepSpeed before 0.19"),
+        (SimpleNamespace(pipeline_parallelism=True), "pipeline parallelism .* with DeepSpeed before 0.19"),
+    ],
+    ids=["stage3", "pipeline"],
+)
+def test_older_releases(monkeypatch: pytest.MonkeyPatch, release: str, engine: SimpleNamespace, named: str) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", release)
+    with pytest.raises(SettingsError, match=named):
+        refuse_unsupported(engine)
+
+
+@pytest.mark.parametrize("release", ["0.19.0", "0.20.1", "1.0.0"])
+def test_tested_releases(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", release)
+    refuse_unsupported(SimpleNamespace(zero_optimization_stage=lambda: 3, pipeline_parallelism=True))
