@@ -1,4 +1,4 @@
-"""What depends on DeepSpeed's release; the rest of the refusals is tested with the real engine."""
+"""What depends on DeepSpeed's release or on NVMe; the other refusals are tested with the real engine."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def test_older_releases(monkeypatch: pytest.MonkeyPatch, release: str, engine: S
 def test_tested_releases(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     monkeypatch.setattr(deepspeed, "__version__", release)
     refuse_unsupported(SimpleNamespace(zero_optimization_stage=lambda: 3, pipeline_parallelism=True))
+
+
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_nvme(section: str) -> None:
+    engine = SimpleNamespace(**{f"zero_{section}": lambda: SimpleNamespace(device="nvme")})
+    with pytest.raises(SettingsError, match=rf'zero_optimization.{section}.device = "nvme"'):
+        refuse_unsupported(engine)

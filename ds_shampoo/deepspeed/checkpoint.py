@@ -7,7 +7,7 @@ import inspect
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,9 @@ def attach(engine: Any, optimizer: Shampoo) -> None:
 
 
 def _saving(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(deepspeeds)
-
     @functools.wraps(deepspeeds)
     def save_checkpoint(*positional: Any, **named: Any) -> Any:
-        call = signature.bind(*positional, **named)
-        call.apply_defaults()
+        call = _bound(deepspeeds, positional, named)
         options = call.arguments
         _refuse_between_micro_batches(engine)
         tag = str(options["tag"] if options["tag"] is not None else f"global_step{engine.global_steps}")
@@ -55,12 +52,9 @@ def _saving(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) -> 
 
 
 def _loading(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(deepspeeds)
-
     @functools.wraps(deepspeeds)
     def load_checkpoint(*positional: Any, **named: Any) -> Any:
-        call = signature.bind(*positional, **named)
-        call.apply_defaults()
+        call = _bound(deepspeeds, positional, named)
         options = call.arguments
         wanted = options["load_optimizer_states"] and not options["load_module_only"]
         reader = _opened(engine, optimizer, options["load_dir"], options["tag"]) if wanted else None
@@ -77,12 +71,20 @@ def _loading(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) ->
     return load_checkpoint
 
 
+def _bound(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The arguments of a call by name, defaults filled in, to be read and changed before the call is made."""
+    call = inspect.signature(function).bind(*positional, **named)
+    call.apply_defaults()
+    return call
+
+
 def _refuse_between_micro_batches(engine: Any) -> None:
-    if not engine.pipeline_parallelism and engine.micro_steps % engine.gradient_accumulation_steps():
+    parts = engine.gradient_accumulation_steps()
+    done = engine.micro_steps % parts
+    if done and not engine.pipeline_parallelism:
         raise CheckpointError(
-            f"save_checkpoint after micro-batch {engine.micro_steps % engine.gradient_accumulation_steps()} of "
-            f"{engine.gradient_accumulation_steps()}: the gradients of a step half done are in no checkpoint; save "
-            "after the step"
+            f"save_checkpoint after micro-batch {done} of {parts}: the gradients of a step half done are in no "
+            "checkpoint; save after the step"
         )
 
 

@@ -51,9 +51,9 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     from ds_shampoo.deepspeed.support import refuse_factors_of_tied_layers, refuse_unsupported
 
     refuse_unsupported(engine)
-    refuse_factors_of_tied_layers(engine, parse(settings))
     _log_to_stdout()
     optimizer = Shampoo(params, **settings, model=engine.module, layout=layout_for(engine))
+    refuse_factors_of_tied_layers(engine, optimizer.param_groups)
     optimizer.register_step_post_hook(MonitorFeed(engine))
     attach(engine, optimizer)
     return optimizer

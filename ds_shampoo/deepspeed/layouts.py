@@ -180,7 +180,8 @@ class SubGroupLayout(_EngineLayout):
                 if length > 0:
                     fragments.append(Fragment(parameter.name, owner * size, length, owner, 0, offset))
                 if length > 0 and owner == rank:
-                    _prove_piece(parameter, flat.narrow(0, offset, length))
+                    piece = parameter.tensor.ds_tensor  # type: ignore[attr-defined]
+                    _prove(parameter, flat.narrow(0, offset, length), piece.view(-1).narrow(0, 0, length))
             offset += size
         if offset > flat.numel():
             raise _misread(f"a sub-group of {flat.numel()} elements should hold {offset}")
@@ -215,13 +216,6 @@ def _prove(parameter: LogicalParameter, master: Tensor, present: Tensor) -> None
     """Holds a reading of the layout against the data: a master weight, rounded, is the weight that the model uses."""
     if not torch.equal(master.detach().to(present), present.detach()):
         raise _misread(f"the fp32 master weights found for '{parameter.name}' are not that parameter's")
-
-
-def _prove_piece(parameter: LogicalParameter, master: Tensor) -> None:
-    """As `_prove`, for the piece of a parameter that ZeRO-3 keeps on this rank; unless that lies on NVMe."""
-    piece = parameter.tensor.ds_tensor  # type: ignore[attr-defined]
-    if piece.numel() >= master.numel():
-        _prove(parameter, master, piece.view(-1).narrow(0, 0, master.numel()))
 
 
 def _expert_group(tensor: Tensor) -> str | None:

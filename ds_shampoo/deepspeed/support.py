@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ds_shampoo.config import GroupSettings, SettingsError
+from ds_shampoo.config import SettingsError
 
 # The release in which everything that is not refused was tested.
 _TESTED = (0, 19)
@@ -23,19 +23,22 @@ def refuse_unsupported(engine: Any) -> None:
             raise SettingsError(message)
 
 
-def refuse_factors_of_tied_layers(engine: Any, settings: GroupSettings) -> None:
-    """Refuses to precondition an embedding of which several pipeline stages hold a copy.
+def refuse_factors_of_tied_layers(engine: Any, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses to precondition an embedding of which several pipeline stages hold a copy, in any param group.
 
     Each stage would keep factors of its own, and the copies would drift apart by rounding.
 
     Raises:
         SettingsError: naming the setting.
     """
-    if settings.embedding != "diagonal" and getattr(engine.module, "tied_modules", None):
-        raise SettingsError(
-            f"Shampoo setting 'embedding' = '{settings.embedding}': a pipeline with tied layers keeps a copy of them "
-            'on several stages, which would drift apart; use "diagonal"'
-        )
+    if not getattr(engine.module, "tied_modules", None):
+        return
+    for group in groups:
+        if group["embedding"] != "diagonal":
+            raise SettingsError(
+                f"Shampoo setting 'embedding' = '{group['embedding']}': a pipeline with tied layers keeps a copy of "
+                'them on several stages, which would drift apart; use "diagonal"'
+            )
 
 
 def _ask(engine: Any, method: str) -> Any:
@@ -44,9 +47,9 @@ def _ask(engine: Any, method: str) -> Any:
     return found() if callable(found) else None
 
 
-def _offloads(engine: Any, *to: str) -> bool:
-    offload = _ask(engine, "zero_offload_optimizer")
-    return offload is not None and str(getattr(offload.device, "value", offload.device)) in to
+def _on_nvme(engine: Any, section: str) -> bool:
+    offload = _ask(engine, section)
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme"
 
 
 def _older_deepspeed() -> bool:
@@ -74,8 +77,12 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "scaled; use stage 1 or 2, or bf16",
     ),
     (
-        lambda e: _offloads(e, "nvme"),
+        lambda e: _on_nvme(e, "zero_offload_optimizer"),
         'zero_optimization.offload_optimizer.device = "nvme": Shampoo does not support it; use "cpu"',
+    ),
+    (
+        lambda e: _on_nvme(e, "zero_offload_param"),
+        'zero_optimization.offload_param.device = "nvme": Shampoo does not support it; use "cpu"',
     ),
     (
         lambda e: (_ask(e, "zero_hpz_partition_size") or 1) > 1,

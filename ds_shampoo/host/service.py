@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -33,7 +31,6 @@ class RootService:
         """
         self.transfers = Transfers(device)
         self._delay = config.root_delay
-        self._steps = itertools.count()
         self._step = 0
         self._plan: CorePlan | None = None
         self._pool: ThreadPool | None = None
@@ -56,7 +53,7 @@ class RootService:
 
     def begin_step(self) -> None:
         """To be called before the step's first statistics, which would overwrite what snapshots still read."""
-        self._step = next(self._steps)
+        self._step += 1
         self.transfers.fence()
 
     def submit(self, label: str, job: RootJob, delay: int) -> Task[RootAnswer]:
@@ -97,7 +94,7 @@ class RootService:
     def metrics(self) -> Mapping[str, float]:
         """Counts since the start of this process: root_waits, root_wait_ms, roots_failed, and what is so now."""
         pool = self._pool
-        numbers: dict[str, Any] = {
+        return {
             "root_waits": pool.waits if pool else 0,
             "root_wait_ms": 1e3 * pool.wait_s if pool else 0.0,
             "roots_failed": pool.lost if pool else 0,
@@ -105,9 +102,3 @@ class RootService:
             "root_threads_busy": pool.busy_share() if pool else 0.0,
             "snapshot_bytes": self.transfers.bytes,
         }
-        return numbers
-
-    def close(self) -> None:
-        """Ends the threads."""
-        if self._pool is not None:
-            self._pool.close()
