@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -92,23 +93,35 @@ def test_the_delay_changes_the_run(reference: list[nn.Parameter]) -> None:
 def test_a_lost_worker_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reference: list[nn.Parameter], fate: str
 ) -> None:
-    calls, gate = iter(range(10**6)), threading.Event()
+    calls, gate, others = iter(range(10**6)), threading.Event(), threading.enumerate()
 
     def mishap(*arguments: Any) -> InverseRoot:
-        if threading.current_thread() is not threading.main_thread() and next(calls) in (3, 20):
+        if threading.current_thread() not in others and next(calls) in (3, 20):
             if fate == "dies":
                 raise SystemExit
             gate.wait()
         return inverse_root(*arguments)
 
     monkeypatch.setattr(jobs, "inverse_root", mishap)
-    params, optimizer = build(root_threads=1, root_timeout=0.3)
+    params, optimizer = build(root_threads=1, root_timeout=60 if fate == "dies" else 2)
     train(params, optimizer, range(STEPS))
     gate.set()
     assert same(params, reference)
     assert optimizer.metrics()["roots_failed"] == 2
     assert "block param_" in caplog.text
     assert "its root thread died or hung; it is solved in the step" in caplog.text
+
+
+@pytest.mark.parametrize("steps", [3, STEPS])
+def test_threads_end_with_the_optimizer_that_is_dropped(steps: int) -> None:
+    before = set(threading.enumerate())
+    params, optimizer = build(root_threads=2)
+    train(params, optimizer, range(steps))
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 2
+    del optimizer
+    gc.collect()
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_an_exception_in_a_worker_stops_training_with_the_blocks_name(monkeypatch: pytest.MonkeyPatch) -> None:

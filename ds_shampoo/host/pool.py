@@ -261,6 +261,7 @@ class _Crew:
                 if not worker.dismissed:
                     task.finish(outcome)
                     self._changed.notify_all()
+            del task, outcome  # nothing is kept alive by a thread that waits
 
     def _next(self, worker: _Worker) -> Task[Any] | None:
         with self._changed:

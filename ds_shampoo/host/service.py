@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -59,7 +60,7 @@ class RootService:
     def submit(self, label: str, job: RootJob, delay: int) -> Task[RootAnswer]:
         """Begins a job that is due in `delay` steps; the earliest due and among them the largest go first."""
         order = job.snapshot.tensor.shape[0]
-        task = Task(label, (self._step + delay, -order), lambda: job.solve(self.transfers))
+        task = Task(label, (self._step + delay, -order), partial(job.solve, self.transfers))
         self._executor.submit(task)
         return task
 
