@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_shampoo.checkpoint.files import FOLDER, BlockReader, CheckpointError
+from ds_shampoo.checkpoint.files import CheckpointError
+from ds_shampoo.deepspeed.universal import to_universal
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,28 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (CheckpointError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"ds-shampoo: error: {error}")
     print(f'{target}: load it with "checkpoint": {{"load_universal": true}} in the DeepSpeed JSON')
-
-
-def to_universal(folder: Path, tag: str | None = None, workers: int = 2) -> Path:
-    """Runs DeepSpeed's converter on a checkpoint and takes Shampoo's blocks along.
-
-    Returns:
-        The new checkpoint's folder, `<tag>_universal` beside the old one, which `latest_universal` then names.
-
-    Raises:
-        CheckpointError: if the checkpoint is not Shampoo's or damaged; nothing is written then.
-        CalledProcessError: if DeepSpeed's converter fails.
-    """
-    tag = tag or (folder / "latest").read_text().strip()
-    source, target = folder / tag, folder / f"{tag}_universal"
-    reader = BlockReader(source / FOLDER)
-    reader.verify(reader.blocks)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
-    command += ["--num_extract_workers", str(workers), "--num_merge_workers", str(workers)]
-    subprocess.run(command, check=True)
-    shutil.copytree(source / FOLDER, target / FOLDER, dirs_exist_ok=True)
-    return target
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import pickle
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ds_shampoo import saving
@@ -59,12 +61,15 @@ def _loading(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) ->
         wanted = options["load_optimizer_states"] and not options["load_module_only"]
         reader = _opened(engine, optimizer, options["load_dir"], options["tag"]) if wanted else None
         optimizer.took_up_shampoo = False
+        before = [dict(group) for group in optimizer.param_groups]
         result = deepspeeds(*call.args, **call.kwargs)
+        if engine.load_universal_checkpoint():
+            _keep_settings(optimizer, before, reader)
         if reader is not None:
             saving.restore(optimizer.units(), reader)
         elif wanted and result[0] is not None:
             if optimizer.took_up_shampoo:
-                raise CheckpointError(f"{options['load_dir']}: Shampoo saved this, but its folder {FOLDER}/ is missing")
+                raise CheckpointError(_without_blocks(Path(result[0]).parent))
             logger.warning("the checkpoint is another optimizer's: its moments are kept, all factors start fresh")
         return result
 
@@ -103,7 +108,15 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
         raise CheckpointError(f"{folder}: {len(twice)} blocks belong to more than one rank, {twice[0]} first")
     if engine.global_rank == 0:
         steps = {name: step for _, other in gathered for name, step in other["steps"].items()}
-        all_ranks = {**header, "ds_shampoo": version("ds-shampoo"), "world_size": len(gathered), "steps": steps}
+        rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
+        all_ranks = {
+            **header,
+            "ds_shampoo": version("ds-shampoo"),
+            "optimizer": type(engine.optimizer).__name__,
+            "world_size": len(gathered),
+            "learning_rates": rates,
+            "steps": steps,
+        }
         write_index(folder, all_ranks, [each for each, _ in gathered])
     dist.barrier()
 
@@ -122,15 +135,65 @@ def _opened(engine: Any, optimizer: Shampoo, load_dir: str, tag: str | None) -> 
     if tag is not None and folder.is_dir():
         try:
             reader = BlockReader(folder)
+            _check_world(engine, reader)
             saving.check(optimizer.units(), reader)
         except CheckpointError as error:
             problem = str(error)
+    elif tag is not None and _saved_by_shampoo(folder.parent):
+        problem = _without_blocks(folder.parent)
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     first = next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), None)
     if first is not None:
         raise CheckpointError(first)
     return reader
+
+
+def _saved_by_shampoo(folder: Path) -> bool:
+    """Whether DeepSpeed's files say so; False where they can't be read without executing what is in them."""
+    for path in sorted(folder.glob("*model_states.pt"))[:1]:
+        try:
+            found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+            return bool(found["ds_config"]["optimizer"]["type"] == "Shampoo")
+        except (pickle.UnpicklingError, RuntimeError, OSError, KeyError, TypeError):
+            return False
+    return False
+
+
+def _without_blocks(folder: Path) -> str:
+    return (
+        f"{folder}: Shampoo saved this checkpoint, but its folder {FOLDER}/ is missing; a universal one is made by "
+        "`ds-shampoo to-universal`, not by DeepSpeed's own converter"
+    )
+
+
+def _check_world(engine: Any, reader: BlockReader) -> None:
+    """Refuses what DeepSpeed would load in part only.
+
+    Raises:
+        CheckpointError: for another number of ranks, or another layout of the optimizer's state.
+    """
+    if engine.load_universal_checkpoint():
+        return
+    saved, present = reader.header["optimizer"], type(engine.optimizer).__name__
+    ranks, here = reader.header["world_size"], dist.get_world_size()
+    advice = "convert it with `ds-shampoo to-universal` and set checkpoint.load_universal"
+    if saved != present:
+        raise CheckpointError(f"{reader.folder}: DeepSpeed's {saved} saved this, but {present} is to load it; {advice}")
+    if ranks != here and engine.zero_optimization_stage() > 0:
+        raise CheckpointError(f"{reader.folder}: {ranks} ranks saved this, but {here} are to load it; {advice}")
+
+
+def _keep_settings(optimizer: Shampoo, before: Sequence[Mapping[str, Any]], reader: BlockReader | None) -> None:
+    """Puts the param groups' settings back, which DeepSpeed's universal loader replaces, at stage 3 all by the first's.
+
+    The learning rates are the checkpoint's, as they are without it.
+    """
+    rates = reader.header["learning_rates"] if reader is not None else []
+    for number, (group, former) in enumerate(zip(optimizer.param_groups, before, strict=True)):
+        group.update({key: value for key, value in former.items() if key != "params"})
+        if len(rates) == len(before):
+            group.update(rates[number])
 
 
 def _commits_later(engine: Any) -> bool:

@@ -47,11 +47,11 @@ def build_model() -> GPT:
     return GPT(GPTConfig(layers=2, d_model=32, heads=2, context=CONTEXT))
 
 
-def batch(step: int) -> Tensor:
-    """The windows [GLOBAL_BATCH, CONTEXT + 1] of one step, out of the standard library's own source."""
+def batch(step: int, size: int = GLOBAL_BATCH) -> Tensor:
+    """The windows [size, CONTEXT + 1] of one step, out of the standard library's own source."""
     text = torch.from_numpy(np.frombuffer(Path(argparse.__file__).read_bytes(), dtype=np.uint8).copy()).long()
     generator = torch.Generator().manual_seed(step)
-    starts = torch.randint(len(text) - CONTEXT - 1, (GLOBAL_BATCH,), generator=generator)
+    starts = torch.randint(len(text) - CONTEXT - 1, (size,), generator=generator)
     return torch.stack([text[start : start + CONTEXT + 1] for start in starts.tolist()])
 
 
@@ -112,11 +112,17 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def engine_config(
-    settings: dict[str, Any], stage: int, world_size: int, accumulation: int = 1, precision: str = "fp32", **other: Any
+    settings: dict[str, Any],
+    stage: int,
+    world_size: int,
+    accumulation: int = 1,
+    precision: str = "fp32",
+    size: int = GLOBAL_BATCH,
+    **other: Any,
 ) -> dict[str, Any]:
-    """A DeepSpeed config of the job; `other` is merged in, `zero` into the ZeRO section."""
+    """A DeepSpeed config of the job, for batches of `size`; `other` is merged in, `zero` into the ZeRO section."""
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size // accumulation,
+        "train_micro_batch_size_per_gpu": size // world_size // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**6,
@@ -170,7 +176,7 @@ def train(engine: Any, first: int, steps: int) -> list[float]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     losses = []
     for step in range(first, first + steps):
-        mine = batch(step).chunk(world_size)[rank]
+        mine = batch(step, engine.train_batch_size()).chunk(world_size)[rank]
         total = torch.zeros(())
         for windows in mine.chunk(engine.gradient_accumulation_steps()):
             loss = engine(windows[:, :-1], windows[:, 1:])
@@ -268,9 +274,15 @@ def resumed(
         return losses, again, np.array_equal(flat(engine.module), end), same_state
 
 
-def saving(config: dict[str, Any], folder: str, save_at: int, steps: int) -> Trace:
+def saving(
+    config: dict[str, Any],
+    folder: str,
+    save_at: int,
+    steps: int,
+    groups: Callable[[nn.Module], Any] | None = None,
+) -> Trace:
     """A run that saves at `save_at` and goes on to `steps`; the losses are those after the save."""
-    with engine_of(config) as engine:
+    with engine_of(config, groups) as engine:
         start = flat(engine.module)
         train(engine, 0, save_at)
         engine.save_checkpoint(folder)
@@ -278,9 +290,16 @@ def saving(config: dict[str, Any], folder: str, save_at: int, steps: int) -> Tra
         return Trace(losses, start, flat(engine.module), engine.basic_optimizer.metrics())
 
 
-def loading(config: dict[str, Any], folder: str, first: int, steps: int, **options: Any) -> Trace:
+def loading(
+    config: dict[str, Any],
+    folder: str,
+    first: int,
+    steps: int,
+    groups: Callable[[nn.Module], Any] | None = None,
+    **options: Any,
+) -> Trace:
     """A new engine that takes up the latest checkpoint of the folder and trains steps `first` to `steps`."""
-    with engine_of(config) as engine:
+    with engine_of(config, groups) as engine:
         path, _ = engine.load_checkpoint(folder, **options)
         assert path is not None
         start = flat(engine.module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from ds_shampoo.cli import to_universal
+from ds_shampoo.checkpoint.files import CheckpointError
+from ds_shampoo.deepspeed.universal import to_universal
 from tests.distributed import jobs
 from tests.distributed.jobs import SHAMPOO, Trace, engine_config
 from tests.distributed.pool import WorkerPool
@@ -51,31 +53,71 @@ def test_the_same_world_resumes_bit_for_bit(pools: Pools, tmp_path: Path, stage:
     assert sum(trace.extra["in_force"] for trace in resumed) > 0
 
 
+# Divisible by 1, 2, 3 and 4 ranks.
+BATCH = 12
+
+
 @pytest.fixture(scope="module")
-def universal(
-    pools: Pools, saved: tuple[Path, Trace], tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, tuple[Path, Trace]]:
-    """By stage, a checkpoint of two ranks in its universal form, and the run that went on from it."""
-    third = tmp_path_factory.mktemp("stage3")
-    trace = pools(2).run(jobs.saving, engine_config(SHAMPOO, 3, 2), str(third), SAVE_AT, STEPS)[0]
-    made = {2: saved, 3: (third, trace)}
-    for folder, _ in made.values():
+def universal(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Trace]]:
+    """By stage, a checkpoint of two ranks and three param groups in universal form, and the run that went on."""
+    made = {}
+    for stage in (2, 3):
+        folder = tmp_path_factory.mktemp(f"stage{stage}")
+        config = engine_config(SHAMPOO, stage, 2, size=BATCH)
+        trace = pools(2).run(jobs.saving, config, str(folder), SAVE_AT, STEPS, jobs.decay_groups)[0]
         assert to_universal(folder).name == f"global_step{SAVE_AT}_universal"
+        made[stage] = folder, trace
     return made
 
 
-# DeepSpeed reads the universal form of stages 1 and 2 at these, and that of stage 3 at stage 3.
-@pytest.mark.parametrize(
-    ("saved_at", "world_size", "stage"), [(2, 1, 1), (2, 1, 2), (2, 4, 1), (2, 4, 2), (3, 1, 3), (3, 4, 3)]
-)
+UNIVERSAL = {"checkpoint": {"load_universal": True}}
+
+
+@pytest.mark.parametrize("saved_at", [2, 3])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 2), (3, 3), (4, 2), (4, 3)])
 def test_another_world_goes_on_where_the_run_was(
     pools: Pools, universal: dict[int, tuple[Path, Trace]], saved_at: int, world_size: int, stage: int
 ) -> None:
     folder, straight = universal[saved_at]
-    config = engine_config(SHAMPOO, stage, world_size, checkpoint={"load_universal": True})
-    for trace in pools(world_size).run(jobs.loading, config, str(folder), SAVE_AT, STEPS):
+    config = engine_config(SHAMPOO, stage, world_size, size=BATCH, **UNIVERSAL)
+    for trace in pools(world_size).run(jobs.loading, config, str(folder), SAVE_AT, STEPS, jobs.decay_groups):
         assert apart(trace, straight) <= FP32
         assert trace.losses == pytest.approx(straight.losses, rel=FP32)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_another_precision_goes_on_from_the_same_weights_and_roots(
+    pools: Pools, universal: dict[int, tuple[Path, Trace]], stage: int
+) -> None:
+    folder, straight = universal[2]
+    config = engine_config(SHAMPOO, stage, 4, size=BATCH, precision="bf16", **UNIVERSAL)
+    traces = pools(4).run(jobs.loading, config, str(folder), SAVE_AT, STEPS, jobs.decay_groups)
+    assert sum(trace.extra["in_force"] for trace in traces) > 0
+    assert traces[0].losses == pytest.approx(straight.losses, rel=0.02)
+
+
+def test_stage_0_loads_on_any_number_of_ranks(pools: Pools, tmp_path: Path) -> None:
+    config = engine_config(SHAMPOO, 0, 2, size=BATCH)
+    straight = pools(2).run(jobs.saving, config, str(tmp_path), SAVE_AT, STEPS)[0]
+    for world_size in (1, 3, 4):
+        config = engine_config(SHAMPOO, 0, world_size, size=BATCH)
+        for trace in pools(world_size).run(jobs.loading, config, str(tmp_path), SAVE_AT, STEPS):
+            assert apart(trace, straight) <= FP32
+    with pytest.raises(CheckpointError, match="any number of ranks loads it at stage 0 as it is"):
+        to_universal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "named"), [(4, 2, "2 ranks saved this, but 4"), (2, 3, "DeepSpeedZeroOptimizer_Stage3")]
+)
+def test_another_world_is_refused_without_the_universal_form(
+    pools: Pools, saved: tuple[Path, Trace], world_size: int, stage: int, named: str
+) -> None:
+    config = engine_config(SHAMPOO, stage, world_size)
+    for message, untouched in pools(world_size).run(jobs.failing_to_load, config, str(saved[0])):
+        assert named in message
+        assert "ds-shampoo to-universal" in message
+        assert untouched
 
 
 def test_the_comparison_notices_lost_roots(pools: Pools, saved: tuple[Path, Trace]) -> None:
@@ -99,7 +141,7 @@ def test_changed_settings(pools: Pools, saved: tuple[Path, Trace], changed: dict
     assert all(np.isfinite(trace.losses).all() for trace in traces)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "index", "model"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "index", "model", "folder"])
 def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(pools: Pools, tmp_path: Path, damage: str) -> None:
     config = engine_config(SHAMPOO, 2, 2)
     pools(2).run(jobs.saving, config, str(tmp_path), 3, 3)
@@ -114,6 +156,9 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(pools: Pools
         content = bytearray(file.read_bytes())
         content[-1000] ^= 4
         file.write_bytes(bytes(content))
+    elif damage == "folder":
+        shutil.rmtree(folder)
+        named = [str(folder.parent), "its folder shampoo/ is missing"]
     elif damage == "index":
         (folder / "index.json").write_text("{")
         named = ["index.json"]

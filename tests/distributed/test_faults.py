@@ -90,8 +90,9 @@ def test_fewer_blocks_than_ranks(pools: Pools, stage: int, matrices: int) -> Non
             "zero_optimization.elastic_checkpoint = true",
         ),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled = true"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal = true at zero_optimization.stage = 0"),
     ],
-    ids=["fp16-stage0", "nvme", "hpZ", "qgZ", "elastic", "autocast"],
+    ids=["fp16-stage0", "nvme", "hpZ", "qgZ", "elastic", "autocast", "universal-stage0"],
 )
 def test_what_is_not_supported_is_refused_by_name(pools: Pools, change: dict[str, Any], named: str) -> None:
     if "torch_autocast" in change and not hasattr(DeepSpeedEngine, "torch_autocast_enabled"):
