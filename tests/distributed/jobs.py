@@ -232,6 +232,27 @@ def overflowing(config: dict[str, Any], steps: int) -> tuple[int, bool, list[flo
         return skipped, untouched, losses
 
 
+def poisoned(config: dict[str, Any], steps: int, at: int, factor: float) -> tuple[bool, int, Trace]:
+    """A run in which the last rank's loss of one additional step, before step `at`, is multiplied by `factor`.
+
+    Returns:
+        Whether that step left every byte alone, how many steps DeepSpeed counts as skipped, and the run.
+    """
+    import deepspeed.comm as dist
+
+    with engine_of(config) as engine:
+        optimizer, start = engine.basic_optimizer, flat(engine.module)
+        losses = train(engine, 0, at)
+        before = fingerprint(engine, optimizer)
+        mine = batch(at).chunk(dist.get_world_size())[dist.get_rank()]
+        loss = engine(mine[:, :-1], mine[:, 1:])
+        engine.backward(loss * factor if dist.get_rank() == dist.get_world_size() - 1 else loss)
+        engine.step()
+        untouched = fingerprint(engine, optimizer) == before
+        losses += train(engine, at, steps - at)
+        return untouched, engine.skipped_steps, Trace(losses, start, flat(engine.module), optimizer.metrics())
+
+
 def fingerprint(engine: Any, optimizer: Shampoo) -> str:
     """A hash of every tensor and number of the optimizer's state, and of the parameters."""
     digest = hashlib.sha256(flat(engine.module).tobytes())
@@ -371,6 +392,58 @@ def tiny(config: dict[str, Any], steps: int, matrices: int) -> tuple[list[float]
         return losses, engine.basic_optimizer.metrics()
     finally:
         engine.destroy()
+
+
+class Branches(nn.Module):
+    """Two layers side by side, of which the second takes part from step `asleep` on.
+
+    Until then it gets a gradient of zeros, or with `unused` none at all.
+    """
+
+    def __init__(self, asleep: int, unused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.awake, self.sleeper = (nn.Linear(6, 6, bias=False) for _ in range(2))
+        self.asleep, self.unused, self.step = asleep, unused, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.awake(x)
+        if self.step >= self.asleep:
+            out = out + self.sleeper(x)
+        elif not self.unused:
+            out = out + 0.0 * self.sleeper(x)
+        self.step += 1
+        return (out - x.roll(1, dims=1)).square().mean()
+
+
+def sleeping(config: dict[str, Any] | None, settings: dict[str, Any], steps: int, asleep: int, unused: bool) -> Trace:
+    """`Branches` under the engine, every rank on the same data; without a config in one process, gradients filled in."""
+    model = Branches(asleep, unused)
+    start, losses = flat(model), []
+    engine, optimizer = None, None
+    if config is None:
+        optimizer = Shampoo(model.parameters(), model=model, **settings)
+    else:
+        engine, *_ = ds_shampoo.initialize(model=model, config=config)
+        optimizer = engine.basic_optimizer
+    try:
+        for step in range(steps):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            loss = (engine or model)(x)
+            if engine is not None:
+                engine.backward(loss)
+                engine.step()
+            else:
+                loss.backward()
+                for parameter in model.parameters():
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+        return Trace(losses, start, flat(model), optimizer.metrics())
+    finally:
+        if engine is not None:
+            engine.destroy()
 
 
 def _tiny_loss(model: Any, x: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from deepspeed import DeepSpeedEngine
 
 from tests.distributed import jobs
 from tests.distributed.jobs import SHAMPOO, engine_config
 from tests.distributed.pool import WorkerPool
+from tests.distributed.test_parity import FP32
 
 Pools = Callable[[int], WorkerPool]
 
@@ -24,6 +26,52 @@ def test_an_overflow_leaves_every_state_untouched(pools: Pools, stage: int) -> N
         assert skipped >= 3
         assert untouched
         assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("precision", "stage", "other"),
+    [
+        ("fp32", 1, {}),
+        ("fp32", 2, {}),
+        ("fp32", 3, {}),
+        ("bf16", 0, {}),
+        ("bf16", 1, {}),
+        ("bf16", 1, {"data_types": {"grad_accum_dtype": "fp32"}}),
+        ("bf16", 2, {}),
+        ("bf16", 3, {}),
+        ("fp16", 2, {}),
+    ],
+    ids=["fp32-1", "fp32-2", "fp32-3", "bf16-0", "bf16-1", "bf16-1-BF16_Optimizer", "bf16-2", "bf16-3", "fp16-2"],
+)
+def test_a_gradient_that_is_not_finite_leaves_every_state_untouched(
+    pools: Pools, precision: str, stage: int, other: dict[str, Any], factor: float
+) -> None:
+    config = engine_config(SHAMPOO, stage, 2, precision=precision, **other)
+    if precision == "fp16":
+        config["fp16"]["loss_scale"] = 2**jobs.LOSS_SCALE_POWER  # a scale that moves would round otherwise
+    straight = pools(2).run(jobs.job, config, 12)
+    for (untouched, skipped, trace), expected in zip(
+        pools(2).run(jobs.poisoned, config, 12, 6, factor), straight, strict=True
+    ):
+        assert untouched
+        assert skipped == 1
+        assert trace.losses == expected.losses
+        assert np.array_equal(trace.end, expected.end)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("unused", [False, True], ids=["zero", "none"])
+def test_a_parameter_without_gradient_for_100_steps(pools: Pools, stage: int, unused: bool) -> None:
+    """It stays where it is, has no root, and is preconditioned soon after it takes part."""
+    settings = {"lr": 0.02, "root_interval": 5, "matrix_epsilon": 1e-3}
+    expected = jobs.sleeping(None, settings, 120, 100, unused)
+    config = engine_config(settings, stage, 2, size=8)
+    for trace in pools(2).run(jobs.sleeping, config, settings, 120, 100, unused):
+        assert trace.losses == pytest.approx(expected.losses, rel=FP32)
+        assert trace.metrics["roots_rejected"] == 0
+    assert expected.metrics["preconditioned_blocks"] == 2
+    assert expected.losses[-1] < expected.losses[99]
 
 
 @pytest.mark.parametrize(

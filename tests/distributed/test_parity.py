@@ -106,6 +106,23 @@ def test_other_orders_of_the_flat_buffer(pools: Pools, reference: Trace, stage: 
     check(traces, reference, FP32)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"overlap_comm": True},
+        {"contiguous_gradients": False},
+        {"reduce_scatter": False},
+        {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 3000, "allgather_bucket_size": 3000},
+    ],
+    ids=["overlap_comm", "contiguous_gradients", "reduce_scatter", "small-buckets"],
+)
+def test_other_ways_of_reduction(pools: Pools, reference: Trace, stage: int, zero: dict[str, Any]) -> None:
+    for accumulation in (1, 2):
+        config = engine_config(SHAMPOO, stage, 2, accumulation, zero=zero)
+        check(pools(2).run(jobs.job, config, STEPS), reference, FP32)
+
+
 # Small sub-groups, so that one param group is stepped in many parts.
 SUB_GROUPS = {"sub_group_size": 5000}
 
