@@ -1,4 +1,4 @@
-"""What depends on DeepSpeed's release or on NVMe; the other refusals are tested with the real engine."""
+"""What depends on DeepSpeed's release, on NVMe or on models of certain kinds; the rest is tested with the engine."""
 
 from __future__ import annotations
 
@@ -37,3 +37,11 @@ def test_nvme(section: str) -> None:
     engine = SimpleNamespace(**{f"zero_{section}": lambda: SimpleNamespace(device="nvme")})
     with pytest.raises(SettingsError, match=rf'zero_optimization.{section}.device = "nvme"'):
         refuse_unsupported(engine)
+
+
+def test_auto_parallelism() -> None:
+    with pytest.raises(SettingsError, match="tensor or model parallelism"):
+        refuse_unsupported(SimpleNamespace(autotp_size=lambda: 2))
+    config = SimpleNamespace(expert_parallel_config=SimpleNamespace(enabled=True))
+    with pytest.raises(SettingsError, match=r"expert_parallel.enabled = true \(AutoEP\)"):
+        refuse_unsupported(SimpleNamespace(_config=config))

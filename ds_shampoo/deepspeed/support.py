@@ -85,6 +85,10 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         'zero_optimization.offload_param.device = "nvme": Shampoo does not support it; use "cpu"',
     ),
     (
+        lambda e: getattr(_ask(e, "zero_offload_optimizer"), "super_offload", False),
+        "zero_optimization.offload_optimizer.super_offload = true: it has an optimizer of its own; set it to false",
+    ),
+    (
         lambda e: (_ask(e, "zero_hpz_partition_size") or 1) > 1,
         "zero_optimization.zero_hpz_partition_size > 1: Shampoo has not been tried with ZeRO++; leave it out",
     ),
@@ -117,6 +121,10 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
         lambda e: _ask(e, "is_deepcompile_enabled"),
         "compile.deepcompile = true: Shampoo does not support DeepCompile; set it to false",
+    ),
+    (
+        lambda e: getattr(getattr(getattr(e, "_config", None), "expert_parallel_config", None), "enabled", False),
+        "expert_parallel.enabled = true (AutoEP): Shampoo has not been tried with it; use deepspeed.moe's layers",
     ),
     (
         lambda e: _ask(e, "managed_gradient_accumulation") is False,

@@ -253,6 +253,20 @@ def poisoned(config: dict[str, Any], steps: int, at: int, factor: float) -> tupl
         return untouched, engine.skipped_steps, Trace(losses, start, flat(engine.module), optimizer.metrics())
 
 
+def set_aside(config: dict[str, Any], steps: int, at: int) -> Trace:
+    """A run whose states leave the device before step `at` and come back."""
+    with engine_of(config) as engine:
+        start = flat(engine.module)
+        losses = train(engine, 0, at)
+        before = fingerprint(engine, engine.basic_optimizer)
+        engine.offload_states(pin_memory=False)
+        assert fingerprint(engine, engine.basic_optimizer) == before
+        engine.reload_states()
+        assert fingerprint(engine, engine.basic_optimizer) == before
+        losses += train(engine, at, steps - at)
+        return Trace(losses, start, flat(engine.module), engine.basic_optimizer.metrics())
+
+
 def fingerprint(engine: Any, optimizer: Shampoo) -> str:
     """A hash of every tensor and number of the optimizer's state, and of the parameters."""
     digest = hashlib.sha256(flat(engine.module).tobytes())
@@ -417,7 +431,7 @@ class Branches(nn.Module):
 
 
 def sleeping(config: dict[str, Any] | None, settings: dict[str, Any], steps: int, asleep: int, unused: bool) -> Trace:
-    """`Branches` under the engine, every rank on the same data; without a config in one process, gradients filled in."""
+    """`Branches` under the engine, with the same data on every rank; without a config in one process."""
     model = Branches(asleep, unused)
     start, losses = flat(model), []
     engine, optimizer = None, None

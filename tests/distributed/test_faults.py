@@ -60,6 +60,15 @@ def test_a_gradient_that_is_not_finite_leaves_every_state_untouched(
         assert np.array_equal(trace.end, expected.end)
 
 
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")])
+def test_offload_states_and_back_changes_nothing(pools: Pools, stage: int, precision: str) -> None:
+    config = engine_config(SHAMPOO, stage, 2, precision=precision)
+    straight = pools(2).run(jobs.job, config, 12)
+    for trace, expected in zip(pools(2).run(jobs.set_aside, config, 12, 6), straight, strict=True):
+        assert trace.losses == expected.losses
+        assert np.array_equal(trace.end, expected.end)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("unused", [False, True], ids=["zero", "none"])
 def test_a_parameter_without_gradient_for_100_steps(pools: Pools, stage: int, unused: bool) -> None:
@@ -138,9 +147,33 @@ def test_fewer_blocks_than_ranks(pools: Pools, stage: int, matrices: int) -> Non
             "zero_optimization.elastic_checkpoint = true",
         ),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled = true"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile = true"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation = false"),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 1}, "sequence parallelism"),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 2}},
+            "fp16/bf16_master_weights_and_gradients = true",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "zero_optimization.offload_optimizer.super_offload = true",
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 2,
+                    "zenflow": {"topk_ratio": 0.1, "update_interval": 4},
+                    "offload_optimizer": {"device": "cpu"},
+                }
+            },
+            "zero_optimization.zenflow",
+        ),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal = true at zero_optimization.stage = 0"),
     ],
-    ids=["fp16-stage0", "nvme", "hpZ", "qgZ", "elastic", "autocast", "universal-stage0"],
+    ids=(
+        "fp16-stage0 nvme hpZ qgZ elastic autocast DeepCompile unmanaged Ulysses half-masters SuperOffload ZenFlow "
+        "universal-stage0"
+    ).split(),
 )
 def test_what_is_not_supported_is_refused_by_name(pools: Pools, change: dict[str, Any], named: str) -> None:
     if "torch_autocast" in change and not hasattr(DeepSpeedEngine, "torch_autocast_enabled"):
