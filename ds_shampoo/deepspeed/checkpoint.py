@@ -114,6 +114,7 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
             "ds_shampoo": version("ds-shampoo"),
             "optimizer": type(engine.optimizer).__name__,
             "world_size": len(gathered),
+            "expert_groups": _expert_groups(engine),
             "learning_rates": rates,
             "steps": steps,
         }
@@ -178,10 +179,22 @@ def _check_world(engine: Any, reader: BlockReader) -> None:
     saved, present = reader.header["optimizer"], type(engine.optimizer).__name__
     ranks, here = reader.header["world_size"], dist.get_world_size()
     advice = "convert it with `ds-shampoo to-universal` and set checkpoint.load_universal"
+    experts, expected = reader.header["expert_groups"], _expert_groups(engine)
+    if experts != expected:
+        raise CheckpointError(
+            f"{reader.folder}: experts lay over {experts} when this was saved, and lie over {expected} now; DeepSpeed "
+            "takes their moments up at the same expert-parallel size only"
+        )
     if saved != present:
         raise CheckpointError(f"{reader.folder}: DeepSpeed's {saved} saved this, but {present} is to load it; {advice}")
     if ranks != here and engine.zero_optimization_stage() > 0:
         raise CheckpointError(f"{reader.folder}: {ranks} ranks saved this, but {here} are to load it; {advice}")
+
+
+def _expert_groups(engine: Any) -> list[str]:
+    """The names of the groups over which experts are spread; DeepSpeed's tell their sizes."""
+    experts = (p for p in engine.module.parameters() if not getattr(p, "allreduce", True))
+    return sorted({p.group_name for p in experts})
 
 
 def _keep_settings(optimizer: Shampoo, before: Sequence[Mapping[str, Any]], reader: BlockReader | None) -> None:

@@ -170,10 +170,7 @@ def test_fewer_blocks_than_ranks(pools: Pools, stage: int, matrices: int) -> Non
         ),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal = true at zero_optimization.stage = 0"),
     ],
-    ids=(
-        "fp16-stage0 nvme hpZ qgZ elastic autocast DeepCompile unmanaged Ulysses half-masters SuperOffload ZenFlow "
-        "universal-stage0"
-    ).split(),
+    ids=lambda value: "" if isinstance(value, dict) else value.split(" = ")[0],
 )
 def test_what_is_not_supported_is_refused_by_name(pools: Pools, change: dict[str, Any], named: str) -> None:
     if "torch_autocast" in change and not hasattr(DeepSpeedEngine, "torch_autocast_enabled"):

@@ -93,6 +93,22 @@ def test_experts_resume_bit_for_bit(pools: Pools, tmp_path: Path, stage: int) ->
     check_resumed(straight, resumed)
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_experts_at_another_expert_parallel_size_are_refused(pools: Pools, tmp_path: Path, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2)
+    pools(2).run(parallel_jobs.experts, config, 2, 2, str(tmp_path), 1)
+    for message in pools(2).run(refused_experts, config, str(tmp_path)):
+        assert "experts lay over ['ep_size_2'] when this was saved, and lie over ['ep_size_1'] now" in message
+
+
+def refused_experts(config: dict[str, Any], folder: str) -> str:
+    try:
+        parallel_jobs.experts(config, 2, 1, folder, 1, True)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def check_resumed(straight: list[Trace], resumed: list[Trace]) -> None:
     for before, after in zip(straight, resumed, strict=True):
         assert before.losses[7:] == after.losses
