@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ds_shampoo.checkpoint.files import CheckpointError
+from ds_shampoo.deepspeed.universal import to_universal
 from tests.distributed import parallel_jobs
 from tests.distributed.jobs import SHAMPOO, Trace, engine_config
 from tests.distributed.pool import WorkerPool
@@ -97,6 +99,9 @@ def test_experts_resume_bit_for_bit(pools: Pools, tmp_path: Path, stage: int) ->
 def test_experts_at_another_expert_parallel_size_are_refused(pools: Pools, tmp_path: Path, stage: int) -> None:
     config = engine_config(SHAMPOO, stage, 2)
     pools(2).run(parallel_jobs.experts, config, 2, 2, str(tmp_path), 1)
+    if stage == 1:
+        with pytest.raises(CheckpointError, match="holds experts"):
+            to_universal(tmp_path)
     for message in pools(2).run(refused_experts, config, str(tmp_path)):
         assert "experts lay over ['ep_size_2'] when this was saved, and lie over ['ep_size_1'] now" in message
 
