@@ -313,7 +313,7 @@ class Shampoo(Optimizer):
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
-        if not state:
+        if not state and not self._layout.absent(param):
             state.update(new_state(param))
         return state
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import deepspeed
 import pytest
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from ds_shampoo import SettingsError
 from ds_shampoo.deepspeed.support import refuse_unsupported
@@ -32,10 +33,24 @@ def test_tested_releases(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     refuse_unsupported(SimpleNamespace(zero_optimization_stage=lambda: 3, pipeline_parallelism=True))
 
 
-@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
-def test_nvme(section: str) -> None:
-    engine = SimpleNamespace(**{f"zero_{section}": lambda: SimpleNamespace(device="nvme")})
-    with pytest.raises(SettingsError, match=rf'zero_optimization.{section}.device = "nvme"'):
+def with_nvme(section: str, stage: int, pipeline: bool = False) -> SimpleNamespace:
+    offload = SimpleNamespace(device="nvme", pipeline=pipeline)
+    return SimpleNamespace(**{f"zero_{section}": lambda: offload}, zero_optimization_stage=lambda: stage)
+
+
+@pytest.mark.parametrize(
+    ("engine", "libaio", "named"),
+    [
+        (with_nvme("offload_optimizer", 2), True, r'offload_optimizer.device = "nvme": at stage 3 only'),
+        (with_nvme("offload_optimizer", 3), False, r'offload_optimizer.device = "nvme": DeepSpeed needs libaio'),
+        (with_nvme("offload_optimizer", 3, True), True, "pipeline_read or pipeline_write = true with NVMe"),
+        (with_nvme("offload_param", 3), True, r'offload_param.device = "nvme"'),
+    ],
+    ids=["stage", "libaio", "pipelined", "parameters"],
+)
+def test_nvme(monkeypatch: pytest.MonkeyPatch, engine: SimpleNamespace, libaio: bool, named: str) -> None:
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: libaio)
+    with pytest.raises(SettingsError, match=named):
         refuse_unsupported(engine)
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ds_shampoo import saving
 from ds_shampoo.checkpoint.files import FOLDER, BlockReader, CheckpointError, replace_text, write_file, write_index
+from ds_shampoo.elementwise import new_state
 from ds_shampoo.optimizer import Shampoo
 
 logger = logging.getLogger("ds_shampoo")
@@ -60,6 +61,8 @@ def _loading(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) ->
         options = call.arguments
         wanted = options["load_optimizer_states"] and not options["load_module_only"]
         reader = _opened(engine, optimizer, options["load_dir"], options["tag"]) if wanted else None
+        if reader is not None and engine.zero_nvme_offload_optimizer():
+            _expect_moments(engine, optimizer)
         optimizer.took_up_shampoo = False
         before = [dict(group) for group in optimizer.param_groups]
         result = deepspeeds(*call.args, **call.kwargs)
@@ -189,6 +192,24 @@ def _check_world(engine: Any, reader: BlockReader) -> None:
         raise CheckpointError(f"{reader.folder}: DeepSpeed's {saved} saved this, but {present} is to load it; {advice}")
     if ranks != here and engine.zero_optimization_stage() > 0:
         raise CheckpointError(f"{reader.folder}: {ranks} ranks saved this, but {here} are to load it; {advice}")
+
+
+def _expect_moments(engine: Any, optimizer: Shampoo) -> None:
+    """Has DeepSpeed read the moments of sub-groups on NVMe from a checkpoint's files: it reads those that it knows of.
+
+    Raises:
+        CheckpointError: if a sub-group is too small for NVMe, since DeepSpeed would not restore it.
+    """
+    zero = engine.optimizer
+    sizes = zero.fp16_partitioned_groups_flat_numel
+    for number, (flat, size) in enumerate(zip(zero.fp32_partitioned_groups_flat, sizes, strict=True)):
+        if not zero._swappable_optimizer_subgroup(number):
+            raise CheckpointError(
+                f"sub-group {number} of {size} elements is too small for NVMe and stays in memory, from where "
+                "DeepSpeed does not restore it; raise zero_optimization.sub_group_size"
+            )
+        if not optimizer.state[flat]:
+            optimizer.state[flat].update(new_state(flat.new_empty(size)))
 
 
 def _expert_groups(engine: Any) -> list[str]:

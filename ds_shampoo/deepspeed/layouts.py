@@ -74,6 +74,9 @@ class _EngineLayout:
     def parts(self, index: int) -> Sequence[Tensor] | None:
         return None
 
+    def absent(self, tensor: Tensor) -> bool:
+        return False
+
     def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         return originals
 
@@ -151,12 +154,16 @@ class SubGroupLayout(_EngineLayout):
     """Stage 3: a param group is stepped in sub-groups, each one flat fp32 tensor with a piece of every parameter in it.
 
     A parameter of n elements is cut into equal pieces of `partition_numel()`, one per rank, the last of them padded.
+    With offload to NVMe a flat tensor is empty between its steps, and can't be held against the weights.
     """
 
     def parts(self, index: int) -> Sequence[Tensor]:
         zero = self._zero()
         flats: Sequence[Tensor] = zero.fp32_partitioned_groups_flat
         return [flat for number, flat in enumerate(flats) if zero.sub_group_to_group_id[number] == index]
+
+    def absent(self, tensor: Tensor) -> bool:
+        return tensor.numel() < self._size(tensor)
 
     def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         by_tensor = {id(parameter.tensor): parameter for parameter in originals}
@@ -179,16 +186,19 @@ class SubGroupLayout(_EngineLayout):
                 length = min(size, numel - owner * size)
                 if length > 0:
                     fragments.append(Fragment(parameter.name, owner * size, length, owner, 0, offset))
-                if length > 0 and owner == rank:
+                if length > 0 and owner == rank and not self.absent(flat):
                     piece = parameter.tensor.ds_tensor  # type: ignore[attr-defined]
                     _prove(parameter, flat.narrow(0, offset, length), piece.view(-1).narrow(0, 0, length))
             offset += size
-        if offset > flat.numel():
-            raise _misread(f"a sub-group of {flat.numel()} elements should hold {offset}")
+        if offset > self._size(flat):
+            raise _misread(f"a sub-group of {self._size(flat)} elements should hold {offset}")
         return Partition(fragments, rank, world_size, group)
 
     def _zero(self) -> Any:
         return self._present_engine().optimizer
+
+    def _size(self, flat: Tensor) -> int:
+        return int(self._zero().fp16_partitioned_groups_flat_numel[self._number([flat])])
 
     def _number(self, held: Sequence[Tensor]) -> int:
         flats = self._zero().fp32_partitioned_groups_flat

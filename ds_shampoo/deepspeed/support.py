@@ -52,6 +52,12 @@ def _on_nvme(engine: Any, section: str) -> bool:
     return offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme"
 
 
+def _has_libaio() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible())
+
+
 def _older_deepspeed() -> bool:
     """Whether this DeepSpeed is older than the first with which ZeRO-3 and pipelines were held to one trajectory."""
     import deepspeed
@@ -77,8 +83,18 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "scaled; use stage 1 or 2, or bf16",
     ),
     (
-        lambda e: _on_nvme(e, "zero_offload_optimizer"),
-        'zero_optimization.offload_optimizer.device = "nvme": Shampoo does not support it; use "cpu"',
+        lambda e: _on_nvme(e, "zero_offload_optimizer") and _ask(e, "zero_optimization_stage") != 3,
+        'zero_optimization.offload_optimizer.device = "nvme": at stage 3 only; use "cpu"',
+    ),
+    (
+        lambda e: _on_nvme(e, "zero_offload_optimizer") and not _has_libaio(),
+        'zero_optimization.offload_optimizer.device = "nvme": DeepSpeed needs libaio for it, which is not here '
+        '(apt-get install libaio-dev); or use "cpu"',
+    ),
+    (
+        lambda e: _on_nvme(e, "zero_offload_optimizer") and _ask(e, "zero_offload_optimizer").pipeline,
+        "zero_optimization.offload_optimizer.pipeline_read or pipeline_write = true with NVMe: the trajectory was seen "
+        "to change; set them to false",
     ),
     (
         lambda e: _on_nvme(e, "zero_offload_param"),

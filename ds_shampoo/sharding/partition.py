@@ -77,6 +77,9 @@ class Layout(Protocol):
     def parts(self, index: int) -> Sequence[Tensor] | None:
         """The tensors that stand for param group `index`, each stepped by itself; None where it is stepped whole."""
 
+    def absent(self, tensor: Tensor) -> bool:
+        """Whether a tensor that is stepped has been moved out of memory until its step."""
+
     def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         """Those of a param group's original parameters that `held` stands for."""
 
@@ -107,6 +110,9 @@ class WholeLayout:
 
     def parts(self, index: int) -> None:
         return None
+
+    def absent(self, tensor: Tensor) -> bool:
+        return False
 
     def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         return originals

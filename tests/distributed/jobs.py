@@ -23,6 +23,7 @@ from launch.model import GPT, GPTConfig
 
 GLOBAL_BATCH = 8
 CONTEXT = 16
+WIDTH = 32
 LOSS_SCALE_POWER = 8
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +45,14 @@ class Trace:
 
 def build_model() -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(layers=2, d_model=32, heads=2, context=CONTEXT))
+    return GPT(GPTConfig(layers=2, d_model=WIDTH, heads=2, context=CONTEXT))
+
+
+def widened(width: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Another job with a model of this width; in a worker of its own, since it stays so."""
+    global WIDTH
+    WIDTH = width
+    return function(*arguments)
 
 
 def batch(step: int, size: int = GLOBAL_BATCH) -> Tensor:
