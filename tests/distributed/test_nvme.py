@@ -21,6 +21,12 @@ WIDTH = 256
 SETTINGS = {**SHAMPOO, "block_size": 128}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    """Has DeepSpeed compile what it reads and writes with, which takes minutes, before workers wait for it."""
+    AsyncIOBuilder().load()
+
+
 def alone(job: Callable[..., Any], config: dict[str, Any], *arguments: Any) -> list[Any]:
     """A job in processes of its own: DeepSpeed names its files by a counter of the process."""
     pool = WorkerPool(2)
