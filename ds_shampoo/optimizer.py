@@ -263,6 +263,10 @@ class Shampoo(Optimizer):
             for group, held in self._held()
         ]
 
+    def sliced_parameters(self) -> set[str]:
+        """The names of those of which tensor-parallel ranks hold a slice each."""
+        return {p.name for group in self._logical for p in group if p.sections is not None}
+
     def _held(self) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
         """What is stepped together: every param group, or its parts, with the tensors that stand for it."""
         for group in self.param_groups:
@@ -324,7 +328,8 @@ class Shampoo(Optimizer):
         if not tensor.is_floating_point():
             raise SettingsError(f"Shampoo can't optimize a parameter of dtype {tensor.dtype}")
         position = f"param_{sum(len(logical) for logical in self._logical) + number}"
-        name = self._layout.name(name or self._names.get(id(tensor), position), tensor)
+        own_name = name or self._names.get(id(tensor), position)
+        name = self._layout.name(own_name, tensor)
         role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
         shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
-        return LogicalParameter(name, tensor, shape, role, excluded)
+        return LogicalParameter(name, tensor, shape, role, excluded, self._layout.sections(own_name, tensor))

@@ -25,7 +25,7 @@ def blocks_state(groups: Iterable[ShardedGroup]) -> dict[str, Any]:
     """The factors, roots and jobs under way of this rank's blocks, by block name; plain tensors and numbers."""
     return {
         str(block): {
-            "starts": list(block.starts),
+            "origin": list(block.origin),
             "shape": list(block.shape),
             **stack.block_state(slot),
             **keeper.block_state(slot),
@@ -82,7 +82,7 @@ def check(units: Sequence[Unit], reader: BlockReader) -> None:
     if reader.header.get("cut") == _cuts(units):
         for unit in units:
             for block, *_ in unit.sharded.slots():
-                if not reader.holds(str(block), block.starts, block.shape):
+                if not reader.holds(str(block), block.origin, block.shape):
                     raise CheckpointError(
                         f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another model"
                     )
@@ -96,7 +96,7 @@ def restore(units: Sequence[Unit], reader: BlockReader) -> None:
         for name, state in unit.sharded.states_by_name(unit.states).items():
             state["step"] = int(reader.header["steps"].get(name, state["step"]))
         for block, stack, keeper, slot in unit.sharded.slots():
-            if reader.holds(str(block), block.starts, block.shape):
+            if reader.holds(str(block), block.origin, block.shape):
                 _load(block, stack, keeper, slot, reader.read(str(block)), unit.settings)
             else:
                 fresh.append(str(block))

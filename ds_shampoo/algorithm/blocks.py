@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -18,6 +19,7 @@ class Block:
         starts: where the block begins, per dimension of the parameter's merged shape.
         shape: its extent, per dimension of the merged shape.
         preconditioned: the dimensions that have a Kronecker factor.
+        origin: `starts` in the parameter's whole tensor, of which tensor-parallel ranks hold a slice each.
     """
 
     parameter: str
@@ -25,6 +27,7 @@ class Block:
     starts: tuple[int, ...]
     shape: tuple[int, ...]
     preconditioned: tuple[int, ...]
+    origin: tuple[int, ...]
 
     @property
     def numel(self) -> int:
@@ -37,6 +40,21 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.parameter}[{self.index}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A box of a matrix that is cut into blocks by itself: a tensor-parallel rank's keys of one group of heads, say.
+
+    Attributes:
+        origin: where it begins in the whole matrix.
+        shape: its extent.
+        starts: where it begins in this rank's slice of the matrix; None if another rank holds it.
+    """
+
+    origin: tuple[int, ...]
+    shape: tuple[int, ...]
+    starts: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +89,13 @@ def cut(
     max_preconditioner_dim: int | None = None,
     merge: bool = True,
     skip_first_dim: bool = False,
+    sections: Sequence[Section] | None = None,
 ) -> BlockedParameter | None:
     """Cuts a parameter of `shape` into blocks (section 1 of docs/algorithm.md).
 
     Args:
+        sections: those of the whole matrix of which `shape` is this rank's slice; blocks are numbered over all of
+            it. None where the parameter is one section.
         skip_first_dim: leave the first dimension unpreconditioned and uncut (one-sided embeddings).
 
     Returns:
@@ -84,19 +105,35 @@ def cut(
     dims = tuple(dim for dim in shape if dim != 1)
     if len(dims) < 2 or 0 in dims:
         return None
-    if merge:
-        dims = merge_small_dims(dims, block_size)
+    if sections is None:
+        dims = merge_small_dims(dims, block_size) if merge else dims
+        boxes: Sequence[Section] = [Section((0,) * len(dims), dims, (0,) * len(dims))]
+    else:
+        boxes = sections
     limit = math.inf if max_preconditioner_dim is None else max_preconditioner_dim
-    preconditioned = tuple(i for i, dim in enumerate(dims) if dim <= limit and not (skip_first_dim and i == 0))
+    extent = [max(box.origin[i] + box.shape[i] for box in boxes) for i in range(len(dims))]
+    preconditioned = tuple(i for i, dim in enumerate(extent) if dim <= limit and not (skip_first_dim and i == 0))
     if not preconditioned:
         return None
-    pieces = [_pieces(dim, block_size if i in preconditioned else dim) for i, dim in enumerate(dims)]
+    sizes = [block_size if i in preconditioned else extent[i] for i in range(len(dims))]
+    found = sorted(piece for box in boxes for piece in _pieces(box, sizes))
     blocks = tuple(
-        Block(parameter, index, tuple(p[0] for p in place), tuple(p[1] for p in place), preconditioned)
-        for index, place in enumerate(itertools.product(*pieces))
+        Block(parameter, index, starts, shape, preconditioned, origin)
+        for index, (origin, shape, starts) in enumerate(found)
+        if starts is not None
     )
     return BlockedParameter(parameter, dims, blocks)
 
 
-def _pieces(dim: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(size, dim - start)) for start in range(0, dim, size)]
+def _pieces(
+    box: Section, sizes: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]]:
+    """Origin, shape and starts of the pieces of a section, none of them larger than `sizes`."""
+    cuts = [range(0, dim, size) for dim, size in zip(box.shape, sizes, strict=True)]
+    for at in itertools.product(*cuts):
+        shape = tuple(min(size, dim - i) for i, dim, size in zip(at, box.shape, sizes, strict=True))
+        yield _shifted(box.origin, at), shape, None if box.starts is None else _shifted(box.starts, at)
+
+
+def _shifted(place: Sequence[int], by: Sequence[int]) -> tuple[int, ...]:
+    return tuple(map(operator.add, place, by))

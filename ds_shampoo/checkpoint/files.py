@@ -108,12 +108,12 @@ class BlockReader:
     def blocks(self) -> Collection[str]:
         return self._home.keys()
 
-    def holds(self, block: str, starts: Sequence[int], shape: Sequence[int]) -> bool:
+    def holds(self, block: str, origin: Sequence[int], shape: Sequence[int]) -> bool:
         """Whether a block of this name is there, and is the same piece of its parameter."""
         if block not in self._home:
             return False
         saved = self._home[block].blocks[block]
-        return bool(saved["starts"] == list(starts) and saved["shape"] == list(shape))
+        return bool(saved["origin"] == list(origin) and saved["shape"] == list(shape))
 
     def verify(self, blocks: Collection[str]) -> None:
         """Checks the files that hold these blocks.

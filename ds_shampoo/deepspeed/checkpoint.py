@@ -102,6 +102,9 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
     dist.broadcast_object_list(stamp, src=0)
     units = optimizer.units()
     states, header = saving.blocks_state(unit.sharded for unit in units), saving.header(units)
+    if _slice_rank(engine) > 0:  # what is not sliced is written by the first of those that have it
+        sliced = optimizer.sliced_parameters()
+        states = {name: state for name, state in states.items() if name.rpartition("[")[0] in sliced}
     entry = write_file(folder, f"rank{engine.global_rank:05d}-{stamp[0]}.safetensors", states)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (entry, header))
@@ -117,6 +120,7 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
             "ds_shampoo": version("ds-shampoo"),
             "optimizer": type(engine.optimizer).__name__,
             "world_size": len(gathered),
+            "tensor_parallel": _slices(engine),
             "expert_groups": _expert_groups(engine),
             "learning_rates": rates,
             "steps": steps,
@@ -177,6 +181,12 @@ def _check_world(engine: Any, reader: BlockReader) -> None:
     Raises:
         CheckpointError: for another number of ranks, or another layout of the optimizer's state.
     """
+    slices = reader.header["tensor_parallel"]
+    if slices != _slices(engine):
+        raise CheckpointError(
+            f"{reader.folder}: saved at tensor-parallel size {slices}, to be loaded at {_slices(engine)}; DeepSpeed "
+            "takes moments up at the same size only"
+        )
     if engine.load_universal_checkpoint():
         return
     saved, present = reader.header["optimizer"], type(engine.optimizer).__name__
@@ -210,6 +220,16 @@ def _expect_moments(engine: Any, optimizer: Shampoo) -> None:
             )
         if not optimizer.state[flat]:
             optimizer.state[flat].update(new_state(flat.new_empty(size)))
+
+
+def _slices(engine: Any) -> int:
+    """The tensor-parallel size."""
+    mpu = engine.mpu
+    return int(mpu.get_tensor_model_parallel_world_size()) if hasattr(mpu, "shampoo_sections") else 1
+
+
+def _slice_rank(engine: Any) -> int:
+    return int(engine.mpu.get_tensor_model_parallel_rank()) if _slices(engine) > 1 else 0
 
 
 def _expert_groups(engine: Any) -> list[str]:

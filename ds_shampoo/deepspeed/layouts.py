@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.blocks import Block, Section
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
 
@@ -62,14 +62,23 @@ class _EngineLayout:
         number = int(found["number"]) + groups._get_expert_parallel_rank(group) * len(local)
         return f"{found['before']}{number}{found['after']}"
 
-    def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
-        """Under pipeline and expert parallelism other ranks have other blocks; ranks are ordered by their stage."""
+    def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
+        """Asks the `mpu`, where it knows (ds_shampoo.megatron.mpu does)."""
         engine = self._present_engine()
-        if not (engine.pipeline_parallelism or engine.has_moe_layers):
+        ask = getattr(engine.mpu, "shampoo_sections", None)
+        found: Sequence[Section] | None = ask(engine.module, name, parameter) if ask is not None else None
+        return found
+
+    def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """Under pipeline, expert and tensor parallelism other ranks have other blocks; ranks are ordered by stage."""
+        engine = self._present_engine()
+        if not (engine.pipeline_parallelism or engine.has_moe_layers or engine.mp_world_size > 1):
             return blocks
         found: list[Sequence[Block]] = [()] * dist.get_world_size()
         dist.all_gather_object(found, list(blocks))
-        return list({str(block): block for stage in found for block in stage}.values())
+        union = {str(block): block for stage in found for block in stage}
+        order = {name: number for number, name in enumerate(dict.fromkeys(b.parameter for b in union.values()))}
+        return sorted(union.values(), key=lambda block: (order[block.parameter], block.index))
 
     def parts(self, index: int) -> Sequence[Tensor] | None:
         return None

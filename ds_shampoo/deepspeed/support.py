@@ -152,7 +152,7 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
     (
         lambda e: _model_parallel_size(e) > 1,
-        "tensor or model parallelism: Shampoo does not support it yet",
+        "tensor or model parallelism: Shampoo knows Megatron's alone, with mpu=ds_shampoo.megatron.mpu",
     ),
 )
 
@@ -160,6 +160,8 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
 def _model_parallel_size(engine: Any) -> int:
     autotp = int(_ask(engine, "autotp_size") or 1)
     mpu = getattr(engine, "mpu", None)
+    if hasattr(mpu, "shampoo_sections"):
+        return autotp
     # A pipeline's grid counts its stages among the model-parallel ranks; only those that slice a layer matter here.
     for name in ("get_slice_parallel_world_size", "get_model_parallel_world_size"):
         size = getattr(mpu, name, None)

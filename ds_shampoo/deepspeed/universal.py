@@ -30,7 +30,7 @@ def to_universal(folder: Path, tag: str | None = None, workers: int = 2) -> Path
         The new checkpoint's folder, `<tag>_universal` beside the old one, which `latest_universal` then names.
 
     Raises:
-        CheckpointError: if the checkpoint is not Shampoo's, damaged, of stage 0 or of experts; nothing is written then.
+        CheckpointError: if the checkpoint is not Shampoo's, damaged, or not to be converted; nothing is written then.
         CalledProcessError: if DeepSpeed's converter fails.
     """
     tag = tag or (folder / "latest").read_text().strip()
@@ -39,6 +39,8 @@ def to_universal(folder: Path, tag: str | None = None, workers: int = 2) -> Path
     reader.verify(reader.blocks)
     if not list(source.glob("*optim_states.pt")):
         raise CheckpointError(f"{source} was saved at stage 0: any number of ranks loads it at stage 0 as it is")
+    if reader.header["tensor_parallel"] > 1:
+        raise CheckpointError(f"{source} was saved under tensor parallelism, whose conversion has not been tried")
     if reader.header["expert_groups"]:
         raise CheckpointError(f"{source} holds experts, which DeepSpeed's converter can't convert")
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]

@@ -47,7 +47,7 @@ class SegmentScaler:
     ) -> None:
         """`whole` are the fragments, on all ranks, of the parameters that are not preconditioned."""
         names = {fragment.parameter: len(blocks) + i for i, fragment in enumerate(_first_of_each(whole))}
-        segments = list(blocks) + [Block(name, 0, (0,), (_extent(name, whole),), ()) for name in names]
+        segments = list(blocks) + [Block(name, 0, (0,), (_extent(name, whole),), (), (0,)) for name in names]
         everywhere = list(pieces) + [
             Piece(names[f.parameter], f.rank, f.buffer, f.offset, (1,), Box((f.start,), (f.numel,))) for f in whole
         ]

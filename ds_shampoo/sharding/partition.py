@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.blocks import Block, Section
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.sharding.fragments import Fragment
 
@@ -25,6 +25,7 @@ class LogicalParameter:
         shape: its full shape.
         role: weight, embedding or output head.
         excluded: whether the user said `preconditioned: false`.
+        sections: those of the whole matrix of which `shape` is a tensor-parallel rank's slice; None where it is whole.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LogicalParameter:
     shape: tuple[int, ...]
     role: Role
     excluded: bool
+    sections: Sequence[Section] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Layout(Protocol):
     def name(self, name: str, parameter: Tensor) -> str:
         """A parameter's name among those of all ranks, from its name in this rank's model."""
 
+    def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
+        """The sections of a matrix of which this rank may hold a slice only; None for what every rank has whole."""
+
     def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
         """This rank's blocks of a param group together with those that other ranks have, in the model's order."""
 
@@ -104,6 +109,9 @@ class WholeLayout:
 
     def name(self, name: str, parameter: Tensor) -> str:
         return name
+
+    def sections(self, name: str, parameter: Tensor) -> None:
+        return None
 
     def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
         return blocks

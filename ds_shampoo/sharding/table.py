@@ -97,6 +97,7 @@ def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[Bl
         max_preconditioner_dim=settings.max_preconditioner_dim,
         merge=settings.merge_small_dims,
         skip_first_dim=vocabulary and settings.embedding == "one_sided",
+        sections=parameter.sections,
     )
     if blocked is not None:
         return blocked, ""

@@ -1,0 +1,11 @@
+"""Shampoo for models of Megatron-core: an mpu for DeepSpeed, and what tensor parallelism does to parameters."""
+
+try:
+    import megatron.core  # noqa: F401
+except ImportError as error:
+    raise ImportError("ds_shampoo.megatron needs megatron-core: pip install 'ds-shampoo[megatron]'") from error
+
+from ds_shampoo.megatron import mpu
+from ds_shampoo.megatron.gradients import reduce_sequence_parallel_gradients
+
+__all__ = ["mpu", "reduce_sequence_parallel_gradients"]

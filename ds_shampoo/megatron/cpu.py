@@ -1,0 +1,71 @@
+"""Lets Megatron-core run on a machine without CUDA, for tests and small trials; does nothing where CUDA is there.
+
+Megatron asks for CUDA's current device and random state in places that have nothing else to do with it. What stands in
+for them here is the CPU's. Nothing of this belongs in a job on GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def stand_in() -> None:
+    """Puts the CPU in CUDA's place for Megatron; to be called before the model is built, once per process."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    replaced: list[tuple[Any, dict[str, Callable[..., Any]]]] = [
+        (torch.cuda, {"current_device": lambda: _CPU, "manual_seed": torch.manual_seed, "synchronize": lambda: None}),
+        (torch.cuda, {"get_rng_state": _get_rng_state, "set_rng_state": _set_rng_state}),
+        (random, {"_get_cuda_rng_state": _get_rng_state, "_set_cuda_rng_state": _set_rng_state}),
+    ]
+    for module, functions in replaced:
+        for name, function in functions.items():
+            setattr(module, name, function)
+    setattr(Tensor, "cuda", _stay)  # noqa: B010
+    setattr(nn.Module, "cuda", _stay)  # noqa: B010
+    setattr(WrappedTorchNorm, "__new__", _norm)  # noqa: B010
+    _ToCPU().__enter__()  # type: ignore[no-untyped-call]
+
+
+class _ToCPU(TorchFunctionMode):
+    """Makes tensors that are asked for on CUDA on the CPU."""
+
+    def __torch_function__(
+        self, function: Any, types: Iterable[type], arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(named or {})
+        device = named.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            named["device"] = _CPU
+        return function(*arguments, **named)
+
+
+def _norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> nn.Module:
+    """Torch's norm, under sequence parallelism too, where Megatron wants one that marks its parameters."""
+    kind: Any = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}[config.normalization]
+    norm: nn.Module = kind(hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+    return norm
+
+
+def _stay(self: Any, *_: Any, **__: Any) -> Any:
+    return self
+
+
+def _get_rng_state(*_: Any, **__: Any) -> Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)

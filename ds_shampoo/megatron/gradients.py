@@ -1,0 +1,33 @@
+"""What Megatron does to gradients after the backward pass, where DeepSpeed is in charge of it."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+
+def reduce_sequence_parallel_gradients(model: nn.Module) -> int:
+    """Has the gradients of parameters that see a part of the sequence only summed over the tensor-parallel ranks.
+
+    Under sequence parallelism every rank feeds norms and row-parallel biases, which all ranks hold, with its part of
+    the sequence. Megatron's own loop sums their gradients (`finalize_model_grads`); under DeepSpeed nobody does, and
+    the copies drift apart. To be called once, before `initialize`; each parameter's gradient is summed as soon as a
+    backward pass has it.
+
+    Returns:
+        The number of parameters that are summed from now on: 0 without sequence parallelism.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return 0
+    partial = [p for p in model.parameters() if p.requires_grad and getattr(p, "sequence_parallel", False)]
+
+    def summed(gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    for parameter in partial:
+        parameter.register_hook(summed)  # type: ignore[no-untyped-call]
+    return len(partial)
