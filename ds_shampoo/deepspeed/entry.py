@@ -48,12 +48,17 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     from ds_shampoo.deepspeed.checkpoint import attach
     from ds_shampoo.deepspeed.layouts import layout_for
     from ds_shampoo.deepspeed.monitor import MonitorFeed
-    from ds_shampoo.deepspeed.support import refuse_factors_of_tied_layers, refuse_unsupported
+    from ds_shampoo.deepspeed.support import (
+        refuse_factors_of_tied_layers,
+        refuse_norms_of_slices,
+        refuse_unsupported,
+    )
 
     refuse_unsupported(engine)
     _log_to_stdout()
     optimizer = Shampoo(params, **settings, model=engine.module, layout=layout_for(engine))
     refuse_factors_of_tied_layers(engine, optimizer.param_groups)
+    refuse_norms_of_slices(engine, optimizer.param_groups)
     optimizer.register_step_post_hook(MonitorFeed(engine))
     attach(engine, optimizer)
     return optimizer

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ds_shampoo.algorithm import grafting
 from ds_shampoo.config import SettingsError
 
 # The release in which everything that is not refused was tested.
@@ -38,6 +39,23 @@ def refuse_factors_of_tied_layers(engine: Any, groups: Iterable[Mapping[str, Any
             raise SettingsError(
                 f"Shampoo setting 'embedding' = '{group['embedding']}': a pipeline with tied layers keeps a copy of "
                 'them on several stages, which would drift apart; use "diagonal"'
+            )
+
+
+def refuse_norms_of_slices(engine: Any, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses to divide by norms that would be those of a tensor-parallel rank's slice of a bias or an embedding.
+
+    Raises:
+        SettingsError: naming the setting.
+    """
+    mpu = getattr(engine, "mpu", None)
+    if not hasattr(mpu, "shampoo_sections") or mpu.get_tensor_model_parallel_world_size() == 1:
+        return
+    for group in groups:
+        if grafting.is_normalized(group["grafting"]):
+            raise SettingsError(
+                f"Shampoo setting 'grafting' = '{group['grafting']}': under tensor parallelism the norms of sliced "
+                f'biases and embeddings would be their slices\'; use "{group["grafting"].removesuffix("_normalized")}"'
             )
 
 

@@ -92,10 +92,16 @@ def test_another_tensor_parallel_size_is_refused(pools: Pools, tmp_path: Path) -
         assert "saved at tensor-parallel size 2, to be loaded at 1" in message
 
 
-def refused(config: dict[str, Any], folder: str) -> str:
+@pytest.mark.parametrize("grafting", ["adam_normalized", "rmsprop_normalized"])
+def test_norms_of_slices_are_refused(pools: Pools, grafting: str) -> None:
+    for message in pools(2).run(refused, engine_config({**SHAMPOO, "grafting": grafting}, 1, 1), "", 2):
+        assert f"'grafting' = '{grafting}'" in message
+
+
+def refused(config: dict[str, Any], folder: str, tensor_parallel: int = 1) -> str:
     try:
-        jobs.job(config, 2, 1, folder=folder, save_at=1, resume=True)
-    except RuntimeError as error:
+        jobs.job(config, 2, tensor_parallel, folder=folder, save_at=1, resume=bool(folder))
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return ""
 
