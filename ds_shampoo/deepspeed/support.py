@@ -48,7 +48,7 @@ def refuse_norms_of_slices(engine: Any, groups: Iterable[Mapping[str, Any]]) -> 
     Raises:
         SettingsError: naming the setting.
     """
-    mpu = getattr(engine, "mpu", None)
+    mpu: Any = getattr(engine, "mpu", None)
     if not hasattr(mpu, "shampoo_sections") or mpu.get_tensor_model_parallel_world_size() == 1:
         return
     for group in groups:
