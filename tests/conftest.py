@@ -18,9 +18,12 @@ sys.path.insert(0, str(ROOT))
 from tests.distributed.pool import WorkerPool  # noqa: E402
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def shared_memory() -> Iterator[None]:
-    """DeepSpeed's CPU collective leaves 66 MB in shared memory for every rank that ever ran; not so these tests."""
+    """DeepSpeed's CPU collective leaves 66 MB in shared memory for every rank that ever ran; not so these tests.
+
+    Ranks that still run have theirs mapped, and keep it.
+    """
 
     def buffers() -> set[Path]:
         return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))

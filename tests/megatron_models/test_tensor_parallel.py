@@ -76,7 +76,7 @@ def test_without_the_sum_copies_would_drift_apart(pools: Pools) -> None:
     assert np.abs(first.end[name] - second.end[name]).max() > 1e-3
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_it_resumes_bit_for_bit(pools: Pools, tmp_path: Path, stage: int) -> None:
     blocked = {"settings": {"embedding": "blocked"}}  # position embeddings: preconditioned, and whole on every rank
     straight = run(pools, 4, 2, stage, 14, folder=str(tmp_path), save_at=7, **blocked)
@@ -107,6 +107,6 @@ def refused(config: dict[str, Any], folder: str, tensor_parallel: int = 1) -> st
 
 
 def test_bf16_trains(pools: Pools) -> None:
-    runs = run(pools, 2, 2, 1, precision="bf16")
+    runs = run(pools, 2, 2, 1, 8, precision="bf16")
     assert runs[0].losses[-1] < runs[0].losses[0]
     assert sum(r.metrics["roots_rejected"] for r in runs) == 0

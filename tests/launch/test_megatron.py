@@ -1,0 +1,104 @@
+"""The Megatron programs through the real launcher: indexed data, real models, tensor parallelism, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recorder import read_metrics
+
+pytest.importorskip("megatron.core")
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "\n\n".join(
+    f"The {number}th of these stories is short. Somebody went to town number {number % 7}, and came back late! "
+    f"Was it raining then? Nobody knows; it was {number * 37 % 101} days before the harvest."
+    for number in range(1500)
+)
+SIZE = [
+    "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32",
+    "--eval-interval", "6", "--eval-iters", "2", "--save-interval", "3",
+]  # fmt: skip
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A program of this environment; output and errors in `stdout`."""
+    programs = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
+        check=False,
+    )  # fmt: skip
+
+
+def launch(kind: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    program = f"launch/pretrain_{kind}_megatron.py"
+    return run("deepspeed", "--num_gpus", str(ranks), "--master_port", port, program, "--deepspeed", *arguments)
+
+
+@pytest.fixture(scope="module", params=["gpt", "bert"])
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "text.txt").write_text(TEXT)
+    prefix = folder / "stories"
+    done = run(
+        sys.executable, "launch/prepare_data.py", "--model", request.param, "--input", str(folder / "text.txt"),
+        "--output-prefix", str(prefix), "--vocab-size", "512",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "documents" in done.stdout
+    return request.param, prefix
+
+
+def train(
+    data: tuple[str, Path], ranks: int, slices: int, steps: int, config: Path, save: Path
+) -> list[dict[str, Any]]:
+    kind, prefix = data
+    shape = ["--swiglu"] if kind == "gpt" else []
+    sequence = ["--sequence-parallel"] if kind == "gpt" and slices > 1 else []
+    done = launch(
+        kind, ranks, "--deepspeed_config", str(config), "--data-path", str(prefix), "--tensor-model-parallel-size",
+        str(slices), "--train-iters", str(steps), "--save", str(save), *SIZE, *shape, *sequence,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "validation loss" in done.stdout
+    return read_metrics(save)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    settings = json.loads((ROOT / "configs" / "gpt_megatron_shampoo.json").read_text())
+    settings["optimizer"]["params"] |= {"block_size": 16, "root_interval": 3, "matrix_epsilon": 1e-3}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def test_one_trajectory_at_tp_1_and_2_and_over_a_resume(data: tuple[str, Path], config: Path, tmp_path: Path) -> None:
+    whole = train(data, 2, 1, 6, config, tmp_path / "whole")
+    train(data, 4, 2, 3, config, tmp_path / "sliced")
+    sliced = train(data, 4, 2, 6, config, tmp_path / "sliced")
+    assert [record["step"] for record in sliced] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in sliced] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
+    assert sliced[-1]["val_loss"] == pytest.approx(whole[-1]["val_loss"], rel=1e-4)
+    assert sliced[-1]["preconditioned_blocks"] > 0
+
+
+def test_a_wrong_size_is_refused(data: tuple[str, Path], config: Path) -> None:
+    kind, prefix = data
+    done = launch(
+        kind, 2, "--deepspeed_config", str(config), "--data-path", str(prefix), "--tensor-model-parallel-size", "3",
+        "--hidden-size", "48", "--num-attention-heads", "6",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "--tensor-model-parallel-size 3 must divide the 2 ranks" in done.stdout
