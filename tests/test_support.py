@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import deepspeed
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from torch import nn
 
 from ds_shampoo import SettingsError
 from ds_shampoo.deepspeed.support import refuse_unsupported
@@ -52,6 +53,15 @@ def test_nvme(monkeypatch: pytest.MonkeyPatch, engine: SimpleNamespace, libaio: 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: libaio)
     with pytest.raises(SettingsError, match=named):
         refuse_unsupported(engine)
+
+
+def test_experts_of_megatron() -> None:
+    model = nn.Linear(2, 2)
+    refuse_unsupported(SimpleNamespace(module=model))
+    model.weight.allreduce = False  # type: ignore[attr-defined]
+    with pytest.raises(SettingsError, match="expert model parallelism of Megatron"):
+        refuse_unsupported(SimpleNamespace(module=model, has_moe_layers=False))
+    refuse_unsupported(SimpleNamespace(module=model, has_moe_layers=True))
 
 
 def test_auto_parallelism() -> None:

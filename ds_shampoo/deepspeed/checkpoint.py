@@ -68,9 +68,11 @@ def _loading(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) ->
         result = deepspeeds(*call.args, **call.kwargs)
         if engine.load_universal_checkpoint():
             _keep_settings(optimizer, before, reader)
+        if result[0] is None:
+            return result
         if reader is not None:
             saving.restore(optimizer.units(), reader)
-        elif wanted and result[0] is not None:
+        elif wanted:
             if optimizer.took_up_shampoo:
                 raise CheckpointError(_without_blocks(Path(result[0]).parent))
             logger.warning("the checkpoint is another optimizer's: its moments are kept, all factors start fresh")

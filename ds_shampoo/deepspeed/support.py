@@ -76,6 +76,11 @@ def _has_libaio() -> bool:
     return bool(AsyncIOBuilder().is_compatible())
 
 
+def _has_expert_parallel_weights(engine: Any) -> bool:
+    parameters = engine.module.parameters() if hasattr(engine, "module") else ()
+    return any(not getattr(parameter, "allreduce", True) for parameter in parameters)
+
+
 def _older_deepspeed() -> bool:
     """Whether this DeepSpeed is older than the first with which ZeRO-3 and pipelines were held to one trajectory."""
     import deepspeed
@@ -159,6 +164,11 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
         lambda e: getattr(getattr(getattr(e, "_config", None), "expert_parallel_config", None), "enabled", False),
         "expert_parallel.enabled = true (AutoEP): Shampoo has not been tried with it; use deepspeed.moe's layers",
+    ),
+    (
+        lambda e: not getattr(e, "has_moe_layers", False) and _has_expert_parallel_weights(e),
+        "expert model parallelism of Megatron: DeepSpeed averages these experts' gradients over all ranks; use "
+        "--expert-model-parallel-size 1 or deepspeed.moe's layers",
     ),
     (
         lambda e: _ask(e, "managed_gradient_accumulation") is False,
