@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import pickle
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ds_shampoo import saving
 from ds_shampoo.checkpoint.files import FOLDER, BlockReader, CheckpointError, replace_text, write_file, write_index
+from ds_shampoo.deepspeed.provenance import check_world, describe, saved_by_shampoo, slice_rank, without_blocks
 from ds_shampoo.elementwise import new_state
 from ds_shampoo.optimizer import Shampoo
 
@@ -74,7 +72,7 @@ def _loading(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) ->
             saving.restore(optimizer.units(), reader)
         elif wanted:
             if optimizer.took_up_shampoo:
-                raise CheckpointError(_without_blocks(Path(result[0]).parent))
+                raise CheckpointError(without_blocks(Path(result[0]).parent))
             logger.warning("the checkpoint is another optimizer's: its moments are kept, all factors start fresh")
         return result
 
@@ -104,7 +102,7 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
     dist.broadcast_object_list(stamp, src=0)
     units = optimizer.units()
     states, header = saving.blocks_state(unit.sharded for unit in units), saving.header(units)
-    if _slice_rank(engine) > 0:  # what is not sliced is written by the first of those that have it
+    if slice_rank(engine) > 0:  # what is not sliced is written by the first of those that have it
         sliced = optimizer.sliced_parameters()
         states = {name: state for name, state in states.items() if name.rpartition("[")[0] in sliced}
     entry = write_file(folder, f"rank{engine.global_rank:05d}-{stamp[0]}.safetensors", states)
@@ -116,18 +114,8 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
         raise CheckpointError(f"{folder}: {len(twice)} blocks belong to more than one rank, {twice[0]} first")
     if engine.global_rank == 0:
         steps = {name: step for _, other in gathered for name, step in other["steps"].items()}
-        rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
-        all_ranks = {
-            **header,
-            "ds_shampoo": version("ds-shampoo"),
-            "optimizer": type(engine.optimizer).__name__,
-            "world_size": len(gathered),
-            "tensor_parallel": _slices(engine),
-            "expert_groups": _expert_groups(engine),
-            "learning_rates": rates,
-            "steps": steps,
-        }
-        write_index(folder, all_ranks, [each for each, _ in gathered])
+        whole = {**header, **describe(engine, optimizer.param_groups), "steps": steps}
+        write_index(folder, whole, [each for each, _ in gathered])
     dist.barrier()
 
 
@@ -145,65 +133,18 @@ def _opened(engine: Any, optimizer: Shampoo, load_dir: str, tag: str | None) -> 
     if tag is not None and folder.is_dir():
         try:
             reader = BlockReader(folder)
-            _check_world(engine, reader)
+            check_world(engine, reader)
             saving.check(optimizer.units(), reader)
         except CheckpointError as error:
             problem = str(error)
-    elif tag is not None and _saved_by_shampoo(folder.parent):
-        problem = _without_blocks(folder.parent)
+    elif tag is not None and saved_by_shampoo(folder.parent):
+        problem = without_blocks(folder.parent)
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     first = next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), None)
     if first is not None:
         raise CheckpointError(first)
     return reader
-
-
-def _saved_by_shampoo(folder: Path) -> bool:
-    """Whether DeepSpeed's files say so; False where they can't be read without executing what is in them."""
-    for path in sorted(folder.glob("*model_states.pt"))[:1]:
-        try:
-            found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-            return bool(found["ds_config"]["optimizer"]["type"] == "Shampoo")
-        except (pickle.UnpicklingError, RuntimeError, OSError, KeyError, TypeError):
-            return False
-    return False
-
-
-def _without_blocks(folder: Path) -> str:
-    return (
-        f"{folder}: Shampoo saved this checkpoint, but its folder {FOLDER}/ is missing; a universal one is made by "
-        "`ds-shampoo to-universal`, not by DeepSpeed's own converter"
-    )
-
-
-def _check_world(engine: Any, reader: BlockReader) -> None:
-    """Refuses what DeepSpeed would load in part only.
-
-    Raises:
-        CheckpointError: for another number of ranks, or another layout of the optimizer's state.
-    """
-    slices = reader.header["tensor_parallel"]
-    if slices != _slices(engine):
-        raise CheckpointError(
-            f"{reader.folder}: saved at tensor-parallel size {slices}, to be loaded at {_slices(engine)}; DeepSpeed "
-            "takes moments up at the same size only"
-        )
-    if engine.load_universal_checkpoint():
-        return
-    saved, present = reader.header["optimizer"], type(engine.optimizer).__name__
-    ranks, here = reader.header["world_size"], dist.get_world_size()
-    advice = "convert it with `ds-shampoo to-universal` and set checkpoint.load_universal"
-    experts, expected = reader.header["expert_groups"], _expert_groups(engine)
-    if experts != expected:
-        raise CheckpointError(
-            f"{reader.folder}: experts lay over {experts} when this was saved, and lie over {expected} now; DeepSpeed "
-            "takes their moments up at the same expert-parallel size only"
-        )
-    if saved != present:
-        raise CheckpointError(f"{reader.folder}: DeepSpeed's {saved} saved this, but {present} is to load it; {advice}")
-    if ranks != here and engine.zero_optimization_stage() > 0:
-        raise CheckpointError(f"{reader.folder}: {ranks} ranks saved this, but {here} are to load it; {advice}")
 
 
 def _expect_moments(engine: Any, optimizer: Shampoo) -> None:
@@ -222,22 +163,6 @@ def _expect_moments(engine: Any, optimizer: Shampoo) -> None:
             )
         if not optimizer.state[flat]:
             optimizer.state[flat].update(new_state(flat.new_empty(size)))
-
-
-def _slices(engine: Any) -> int:
-    """The tensor-parallel size."""
-    mpu = engine.mpu
-    return int(mpu.get_tensor_model_parallel_world_size()) if hasattr(mpu, "shampoo_sections") else 1
-
-
-def _slice_rank(engine: Any) -> int:
-    return int(engine.mpu.get_tensor_model_parallel_rank()) if _slices(engine) > 1 else 0
-
-
-def _expert_groups(engine: Any) -> list[str]:
-    """The names of the groups over which experts are spread; DeepSpeed's tell their sizes."""
-    experts = (p for p in engine.module.parameters() if not getattr(p, "allreduce", True))
-    return sorted({p.group_name for p in experts})
 
 
 def _keep_settings(optimizer: Shampoo, before: Sequence[Mapping[str, Any]], reader: BlockReader | None) -> None:
