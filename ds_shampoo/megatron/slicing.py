@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
@@ -29,11 +30,11 @@ def sections(model: nn.Module, name: str, parameter: Tensor, rank: int, world_si
     Raises:
         ValueError: if a fused matrix does not fit the attention settings of its layer.
     """
-    shape = full_shape(parameter)
-    if len(shape) != 2 or not getattr(parameter, "tensor_model_parallel", False):
+    shape, module = full_shape(parameter), _module_of(model, name)
+    dim = _sliced_dim(module, parameter) if len(shape) == 2 else None
+    if dim is None:
         return None
-    dim = int(parameter.partition_dim)  # type: ignore[attr-defined]
-    runs = list(_runs(_module_of(model, name), name, parameter, shape[dim]))
+    runs = list(_runs(module, name, parameter, shape[dim]))
     if sum(length for _, length in runs) != shape[dim]:
         raise ValueError(f"parameter '{name}' of shape {shape} does not fit the attention settings of its layer")
     found = []
@@ -44,6 +45,15 @@ def sections(model: nn.Module, name: str, parameter: Tensor, rank: int, world_si
             found.append(_section(shape, dim, origin, length, at if holder == rank else None))
             at += length
     return found
+
+
+def _sliced_dim(module: nn.Module | None, parameter: Tensor) -> int | None:
+    """The dimension that is sliced; by the layer's kind where Megatron, told not to initialise, left no mark."""
+    if getattr(parameter, "tensor_model_parallel", False):
+        return int(parameter.partition_dim)  # type: ignore[attr-defined]
+    if isinstance(module, RowParallelLinear):
+        return 1
+    return 0 if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) else None
 
 
 def _runs(module: nn.Module | None, name: str, parameter: Tensor, size: int) -> Iterator[tuple[bool, int]]:

@@ -1,0 +1,124 @@
+"""The presets for GPUs: their JSON parses, and blocks and owners come out, on a model without memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_shampoo.config import parse
+from megatron_presets import PRESETS
+
+pytest.importorskip("megatron.core")
+
+ROOT = Path(__file__).resolve().parents[2]
+WORLD = 64
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_json_is_what_shampoo_takes(name: str) -> None:
+    config = json.loads((ROOT / PRESETS[name].config).read_text())
+    assert config["optimizer"]["type"] == "Shampoo"
+    parse(config["optimizer"]["params"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_blocks_and_owners_on_64_ranks(name: str) -> None:
+    """In a process of its own, where 64 ranks are made believe."""
+    program = f"from tests.megatron_models.test_presets import look; look({name!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch")])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    preset = PRESETS[name]
+    width, slices = preset.hidden_size, preset.tensor_model_parallel_size
+    assert found["ranks"] == WORLD // slices
+    # Twelve squares of the width to a layer; every element of them that this slice has is in one block.
+    assert found["elements"] == 12 * width**2 * preset.num_layers // slices
+    assert found["largest"] <= 1024
+    assert found["sliced"] == 4 * preset.num_layers + 2  # with word embedding and output layer
+    assert found["load"] <= max(1.05, found["bound"])
+
+
+def look(name: str) -> None:
+    """Prints what a data-parallel group of the preset's first slice owns."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from ds_shampoo.megatron import cpu, mpu
+
+    cpu.stand_in()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)  # type: ignore[no-untyped-call]
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    preset = PRESETS[name]
+    size = preset.tensor_model_parallel_size
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size, create_gloo_process_groups=False)
+    config = TransformerConfig(
+        num_layers=preset.num_layers,
+        hidden_size=preset.hidden_size,
+        num_attention_heads=preset.num_attention_heads,
+        tensor_model_parallel_size=size,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+    )
+    with torch.device("meta"):
+        model = GPTModel(
+            config, get_gpt_layer_local_spec(), 50304, preset.seq_length, position_embedding_type="learned_absolute"
+        )
+    settings = parse(json.loads((ROOT / preset.config).read_text())["optimizer"]["params"])
+    print(json.dumps(owned(model, settings, mpu.get_data_parallel_world_size(), mpu)))
+
+
+def owned(model: Any, settings: Any, ranks: int, mpu: Any) -> dict[str, float]:
+    """Blocks of the model over `ranks` equal flat shares, as ZeRO-1 makes them."""
+    from ds_shampoo.algorithm import cost, selection
+    from ds_shampoo.config import GroupSettings
+    from ds_shampoo.sharding.fragments import Fragment
+    from ds_shampoo.sharding.ownership import load_bound
+    from ds_shampoo.sharding.partition import LogicalParameter, Partition
+    from ds_shampoo.sharding.table import block_table
+
+    roles = selection.roles(model)
+    parameters = [
+        LogicalParameter(name, p, tuple(p.shape), roles[id(p)], False, mpu.shampoo_sections(model, name, p))
+        for name, p in model.named_parameters()
+    ]
+    share = -(-sum(parameter.tensor.numel() for parameter in parameters) // ranks)
+    fragments, at = [], 0
+    for parameter in parameters:
+        end = at + parameter.tensor.numel()
+        for rank in range(at // share, (end - 1) // share + 1):
+            start, stop = max(at, rank * share), min(end, (rank + 1) * share)
+            fragments.append(Fragment(parameter.name, start - at, stop - start, rank, 0, start - rank * share))
+        at = end
+    group = GroupSettings(**{key: getattr(settings, key) for key in GroupSettings.model_fields})
+    table = block_table(parameters, Partition(fragments, 0, ranks), group, [0.0] * ranks)
+    costs = [cost.step_flops(block, group.statistics_interval, group.root_interval) for block in table.blocks]
+    loads = [0.0] * ranks
+    for owner, each in zip(table.owners, costs, strict=True):
+        loads[owner] += each
+    mean = sum(loads) / ranks
+    return {
+        "ranks": ranks,
+        "sliced": sum(parameter.sections is not None for parameter in parameters),
+        "elements": sum(block.numel for block in table.blocks),
+        "largest": max(max(block.shape) for block in table.blocks),
+        "load": max(loads) / mean,
+        "bound": load_bound(costs, [0.0] * ranks) / mean * (1 + 1e-9),
+    }
