@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 sys.path.insert(0, str(ROOT))
 
-from tests.distributed.pool import WorkerPool  # noqa: E402
+from tests.distributed.pool import WorkerPool, worker_pools  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,13 +37,5 @@ def shared_memory() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Callable[[int], WorkerPool]]:
     """`pools(world_size)`: processes that form a gloo group, started at the first use and kept over all tests."""
-    running: dict[int, WorkerPool] = {}
-
-    def pool(world_size: int) -> WorkerPool:
-        if world_size not in running or not running[world_size].alive:
-            running[world_size] = WorkerPool(world_size)
-        return running[world_size]
-
-    yield pool
-    for workers in running.values():
-        workers.close()
+    with worker_pools() as pool:
+        yield pool

@@ -64,7 +64,7 @@ def _complete(target: Path, step: int) -> None:
     state.setdefault("optimizer_state_dict", {"state": {0: {"step": step}}, "param_groups": state["param_groups"]})
     torch.save(state, common)
     if present is stage3:
-        _wrap_parameters(target, torch.load(stage3, weights_only=False)["param_shapes"])
+        _wrap_parameters(target, torch.load(stage3, weights_only=True)["param_shapes"])
 
 
 def _wrap_parameters(target: Path, shapes: list[Mapping[str, Any]]) -> None:

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -89,6 +89,23 @@ class WorkerPool:
 
     def _log(self, rank: int) -> Path:
         return Path(self._folder.name) / f"rank{rank}.log"
+
+
+@contextlib.contextmanager
+def worker_pools() -> Iterator[Callable[[int], WorkerPool]]:
+    """`pool(world_size)`: started at the first use, and again if it was lost; all of them closed in the end."""
+    running: dict[int, WorkerPool] = {}
+
+    def pool(world_size: int) -> WorkerPool:
+        if world_size not in running or not running[world_size].alive:
+            running[world_size] = WorkerPool(world_size)
+        return running[world_size]
+
+    try:
+        yield pool
+    finally:
+        for workers in running.values():
+            workers.close()
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, log: Path) -> None:

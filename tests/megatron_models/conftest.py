@@ -6,19 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.distributed.pool import WorkerPool
+from tests.distributed.pool import WorkerPool, worker_pools
 
 
 @pytest.fixture(scope="package")
 def pools() -> Iterator[Callable[[int], WorkerPool]]:
     """As the session's, started at the first use and kept over the tests of this folder."""
-    running: dict[int, WorkerPool] = {}
-
-    def pool(world_size: int) -> WorkerPool:
-        if world_size not in running or not running[world_size].alive:
-            running[world_size] = WorkerPool(world_size)
-        return running[world_size]
-
-    yield pool
-    for workers in running.values():
-        workers.close()
+    with worker_pools() as pool:
+        yield pool
