@@ -109,7 +109,7 @@ def _muon(model: nn.Module, lr: float) -> Sequence[Optimizer]:
     return [muon, torch.optim.AdamW(_all_but(model, matrices), lr=lr, weight_decay=WEIGHT_DECAY)]
 
 
-def _shampoo(model: nn.Module, lr: float, overlap: bool = True) -> Sequence[Optimizer]:
+def _shampoo(model: nn.Module, lr: float, **settings: object) -> Sequence[Optimizer]:
     from ds_shampoo import Shampoo
 
     return [
@@ -120,13 +120,17 @@ def _shampoo(model: nn.Module, lr: float, overlap: bool = True) -> Sequence[Opti
             weight_decay=WEIGHT_DECAY,
             block_size=BLOCK_SIZE,
             root_interval=ROOT_INTERVAL,
-            root_overlap=overlap,
+            **settings,
         )
     ]
 
 
 def _shampoo_inline(model: nn.Module, lr: float) -> Sequence[Optimizer]:
-    return _shampoo(model, lr, overlap=False)
+    return _shampoo(model, lr, root_overlap=False)
+
+
+def _shampoo_medium(model: nn.Module, lr: float) -> Sequence[Optimizer]:
+    return _shampoo(model, lr, matmul_precision="medium")
 
 
 def _scalable_shampoo(model: nn.Module, lr: float) -> Sequence[Optimizer]:
@@ -159,6 +163,8 @@ MUON = Contender("muon", 2e-3, _muon)
 MUON_FP32 = Contender("muon-fp32", 2e-3, _muon, fp32=True)
 # Its roots are computed by a host thread, whose time does not count here.
 SHAMPOO = Contender("ds-shampoo", 4e-3, _shampoo, module="ds_shampoo")
+# Products whose inputs may be rounded to bfloat16, as those of torch's Muon are.
+SHAMPOO_MEDIUM = Contender("ds-shampoo-medium", 4e-3, _shampoo_medium, module="ds_shampoo")
 # Roots in the step: those of a tenth of the blocks in every one.
 SHAMPOO_INLINE = Contender("ds-shampoo-inline", 4e-3, _shampoo_inline, 1, 1, "ds_shampoo")
 
@@ -170,5 +176,6 @@ CONTENDERS = (
     # SOAP counts from its second step on: the first only fills the statistics.
     Contender("soap", 3e-3, _soap, ROOT_INTERVAL + 1, ROOT_INTERVAL, "pytorch_optimizer"),
     SHAMPOO,
+    SHAMPOO_MEDIUM,
     SHAMPOO_INLINE,
 )

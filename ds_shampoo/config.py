@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
+from ds_shampoo.algorithm.precision import MatmulPrecision
+
 
 def parse_cores(cores: object) -> object:
     """A list of cores, also from a string like "0-3,8", as DeepSpeed's `--bind_core_list` takes it; "auto" stays.
@@ -79,6 +81,7 @@ class GroupSettings(BaseModel):
     start_preconditioning_step: PositiveInt = 1
     statistics_beta: Annotated[float, Field(gt=0, le=1)] = 0.5
     statistics_interval: PositiveInt = 1
+    matmul_precision: MatmulPrecision = "highest"
     root_interval: PositiveInt = 10
     root_method: Literal["eigh", "newton"] = "eigh"
     root_refresh_threshold: Annotated[float, Field(ge=0)] = 0.0

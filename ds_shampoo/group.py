@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.precision import matmul_precision
 from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
 from ds_shampoo.config import GroupSettings
 from ds_shampoo.elementwise import TensorStep
@@ -149,7 +150,7 @@ class ShardedGroup:
         for stack, keeper, grads in zip(self.stacks, self._keepers, gathered, strict=True):
             clock = [self._step_of(block, tensors) for block in stack.blocks]
             due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
-            with self._stopwatch.phase("statistics"):
+            with self._stopwatch.phase("statistics"), matmul_precision(settings.matmul_precision):
                 stack.update(grads, due, settings.statistics_beta)
             keeper.advance(clock, settings)
         if any(schedule.preconditions(step) for step in steps):
@@ -185,7 +186,7 @@ class ShardedGroup:
         """Overwrites the grafting steps of ready blocks by directions of the same norm."""
         with self._stopwatch.phase("exchange"):
             squares, flags = self._shared_norms(updates)
-        with self._stopwatch.phase("precondition"):
+        with self._stopwatch.phase("precondition"), matmul_precision(settings.matmul_precision):
             directions = [
                 _rescaled(
                     stack.apply(vector, spare) if any(stack.ready) else vector.zero_(),

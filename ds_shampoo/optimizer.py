@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from ds_shampoo.algorithm import selection
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.precision import MatmulPrecision
 from ds_shampoo.config import (
     Grafting,
     GroupSettings,
@@ -61,6 +62,8 @@ class Shampoo(Optimizer):
         start_preconditioning_step: the first preconditioned step, counted from 1.
         statistics_beta: decay of the Kronecker factors; 1 sums them as AdaGrad does.
         statistics_interval, root_interval: steps between updates of factors and of roots.
+        matmul_precision: "highest", "high" or "medium": how far the inputs of the step's products, statistics and
+            directions, may be rounded; what `torch.set_float32_matmul_precision` says elsewhere does not hold here.
         root_method: "eigh" or "newton" (coupled, fp64).
         root_refresh_threshold: skip a root whose statistic moved less than this; 0 never skips.
         max_root_failures: boundaries without a new root after which a block takes its grafting step.
@@ -100,6 +103,7 @@ class Shampoo(Optimizer):
         start_preconditioning_step: int = 1,
         statistics_beta: float = 0.5,
         statistics_interval: int = 1,
+        matmul_precision: MatmulPrecision = "highest",
         root_interval: int = 10,
         root_method: Literal["eigh", "newton"] = "eigh",
         root_refresh_threshold: float = 0.0,

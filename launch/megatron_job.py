@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ds_shampoo
-from ds_shampoo.megatron import cpu, mpu, reduce_sequence_parallel_gradients
+from ds_shampoo.megatron import cpu, mpu
 from megatron_arguments import parse_arguments
 from recorder import Recorder
 from tokenization import MegatronTokenizer
@@ -82,7 +82,6 @@ def build(task: Task, arguments: argparse.Namespace) -> tuple[Any, MegatronToken
     model_parallel_cuda_manual_seed(arguments.seed)
     unit = math.lcm(_VOCABULARY_UNIT, arguments.tensor_model_parallel_size)
     model = task.model(arguments, settings_of(arguments), math.ceil(tokenizer.vocab_size / unit) * unit)
-    reduce_sequence_parallel_gradients(model)
     engine, *_ = ds_shampoo.initialize(
         model=model, model_parameters=model.parameters(), config=str(arguments.deepspeed_config), mpu=mpu
     )

@@ -337,6 +337,7 @@ def test_closures() -> None:
         ({"statistics_beta": 0.0}, r"'statistics_beta' = 0.0: Input should be greater than 0"),
         ({"matrix_epsilon": 0.5}, r"'matrix_epsilon' = 0.5: Input should be less than or equal to 0.1"),
         ({"root_method": "cholesky"}, r"'root_method' = 'cholesky': Input should be 'eigh' or 'newton'"),
+        ({"matmul_precision": "tf32"}, r"'matmul_precision' = 'tf32': Input should be 'highest', 'high' or 'medium'"),
         ({"exchange_dtype": "int8"}, r"'exchange_dtype' = 'int8'"),
         ({"root_delay": 0}, r"'root_delay' = 0: with root_overlap a root is put in force 1 to root_interval steps"),
         ({"root_delay": 11}, r"'root_delay' = 11: must be at most root_interval, which is 10"),

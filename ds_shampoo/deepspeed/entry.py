@@ -56,6 +56,8 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
 
     refuse_unsupported(engine)
     _log_to_stdout()
+    if hasattr(engine.mpu, "shampoo_prepare"):
+        engine.mpu.shampoo_prepare(engine.module)
     optimizer = Shampoo(params, **settings, model=engine.module, layout=layout_for(engine))
     refuse_factors_of_tied_layers(engine, optimizer.param_groups)
     refuse_norms_of_slices(engine, optimizer.param_groups)

@@ -6,6 +6,5 @@ except ImportError as error:
     raise ImportError("ds_shampoo.megatron needs megatron-core: pip install 'ds-shampoo[megatron]'") from error
 
 from ds_shampoo.megatron import mpu
-from ds_shampoo.megatron.gradients import reduce_sequence_parallel_gradients
 
-__all__ = ["mpu", "reduce_sequence_parallel_gradients"]
+__all__ = ["mpu"]

@@ -6,17 +6,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+# On a parameter whose gradient is summed already.
+_MARK = "ds_shampoo_sums_gradient"
+
 
 def reduce_sequence_parallel_gradients(model: nn.Module) -> int:
     """Has the gradients of parameters that see a part of the sequence only summed over the tensor-parallel ranks.
 
     Under sequence parallelism every rank feeds norms and row-parallel biases, which all ranks hold, with its part of
     the sequence. Megatron's own loop sums their gradients (`finalize_model_grads`); under DeepSpeed nobody does, and
-    the copies drift apart. To be called once, before `initialize`; each parameter's gradient is summed as soon as a
-    backward pass has it.
+    the copies drift apart. Each parameter's gradient is summed as soon as a backward pass has it; a second call for
+    the same parameter changes nothing.
 
     Returns:
-        The number of parameters that are summed from now on: 0 without sequence parallelism.
+        The number of parameters whose gradients are summed: 0 without sequence parallelism.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     if dist.get_world_size(group) == 1:
@@ -29,5 +32,7 @@ def reduce_sequence_parallel_gradients(model: nn.Module) -> int:
         return total
 
     for parameter in partial:
-        parameter.register_hook(summed)  # type: ignore[no-untyped-call]
+        if not hasattr(parameter, _MARK):
+            parameter.register_hook(summed)  # type: ignore[no-untyped-call]
+            setattr(parameter, _MARK, True)
     return len(partial)

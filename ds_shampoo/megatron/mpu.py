@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.megatron.gradients import reduce_sequence_parallel_gradients
 from ds_shampoo.megatron.slicing import sections
 
 
@@ -39,6 +40,11 @@ def shampoo_sections(model: nn.Module, name: str, parameter: Tensor) -> Sequence
     """
     group = parallel_state.get_tensor_model_parallel_group()
     return sections(model, name, parameter, dist.get_rank(group), dist.get_world_size(group))
+
+
+def shampoo_prepare(model: nn.Module) -> None:
+    """What a Megatron model needs under DeepSpeed before it is trained; Shampoo calls it as it is set up."""
+    reduce_sequence_parallel_gradients(model)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -127,22 +128,25 @@ def job(
     steps: int,
     tensor_parallel: int,
     summed: bool = True,
+    by_hand: bool = False,
     folder: str = "",
     save_at: int = 0,
     resume: bool = False,
     **shape: Any,
 ) -> Run:
-    """A model under the engine, `shape` as of `build`; `summed` is what sequence parallelism needs.
+    """A model under the engine, `shape` as of `build`; without `summed`, without what sequence parallelism needs.
 
     With a folder the run saves there at `save_at`, or resumes from there and trains on from that step.
     """
     from megatron.core import parallel_state
 
-    from ds_shampoo.megatron import reduce_sequence_parallel_gradients
+    from ds_shampoo.megatron import mpu
+    from ds_shampoo.megatron.gradients import reduce_sequence_parallel_gradients
 
     model, kind = build(tensor_parallel, **shape), shape.get("kind", "gpt")
-    count = reduce_sequence_parallel_gradients(model) if summed else 0
-    with engine_of(model, config) as engine:
+    count = reduce_sequence_parallel_gradients(model) if by_hand else 0
+    unprepared = nullcontext() if summed else mock.patch.object(mpu, "shampoo_prepare")
+    with unprepared, engine_of(model, config) as engine:
         start = named(engine.module)
         if resume:
             engine.load_checkpoint(folder)
