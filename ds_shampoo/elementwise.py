@@ -35,7 +35,7 @@ class TensorStep:
         self._settings = settings
         self._param = param
         state["step"] += 1
-        self.step: int = state["step"]
+        self.step = int(state["step"])  # a tensor on the host where a framework keeps it as torch's Adam does
         self._exp_avg: Tensor = state["exp_avg"].view(-1)
         self._exp_avg_sq: Tensor = state["exp_avg_sq"].view(-1)
         self.grad = grad.reshape(-1).to(torch.float32)

@@ -89,7 +89,8 @@ class ShardedGroup:
         """One step of docs/algorithm.md.
 
         Args:
-            held: the tensors that stand in the group now: whole parameters, or one flat fp32 shard.
+            held: the tensors that stand in the group now: whole parameters, or flat fp32 shards; none where other
+                ranks hold all of it.
             states: their elementwise state (`new_state`), updated in place.
         """
         tensors: list[TensorStep | None] = []
@@ -99,9 +100,9 @@ class ShardedGroup:
                 grad = torch.zeros_like(param)
             tensors.append(None if grad is None else TensorStep(param, grad, state, settings))
         present = [tensor for tensor in tensors if tensor is not None]
-        if not present:
+        if not present and not self.plan.moves:
             return
-        self.last_step = max(tensor.step for tensor in present)
+        self.last_step = max((tensor.step for tensor in present), default=self.last_step + 1)
         with self._stopwatch.phase("elementwise"):
             self._filter_and_graft(tensors)
         if self.table.blocks:
@@ -142,7 +143,7 @@ class ShardedGroup:
     def _precondition(self, tensors: Sequence[TensorStep | None], settings: GroupSettings) -> None:
         """Statistics, then roots that are begun or due, then the directions of the blocks whose roots are in force."""
         schedule = RootSchedule.of(settings)
-        steps = {tensor.step for tensor in tensors if tensor is not None}
+        steps = {tensor.step for tensor in tensors if tensor is not None} or {self.last_step}
         gathered, scratch = self._workspace()
         self.exchange_bytes = 0
         if any(schedule.statistics_due(step) for step in steps):
@@ -220,6 +221,8 @@ class ShardedGroup:
 
         A rank may own a block of which it holds nothing: all of a flat group's shards count alike.
         """
+        if not tensors:
+            return self.last_step
         tensor = tensors[self._buffers.get(block.parameter, 0)]
         return tensor.step if tensor is not None else 0
 

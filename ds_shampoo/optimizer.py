@@ -121,7 +121,7 @@ class Shampoo(Optimizer):
         settings = {key: value for key, value in locals().items() if key in ShampooConfig.model_fields}
         config = parse({**settings, **unknown})
         self._config = config
-        self._layout = layout if layout is not None else WholeLayout()
+        self.layout = layout if layout is not None else WholeLayout()
         self._names = selection.names(model) if model is not None else {}
         self._roles = selection.roles(model) if model is not None else {}
         self._logical: list[list[LogicalParameter]] = []
@@ -134,7 +134,7 @@ class Shampoo(Optimizer):
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
         first = next((parameter for group in self._logical for parameter in group), None)
-        self._device = self._layout.device(first.tensor) if first is not None else torch.device("cpu")
+        self._device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
         self._service = RootService(config, self._device)
         self._stopwatch = Stopwatch(self._device)
 
@@ -160,7 +160,7 @@ class Shampoo(Optimizer):
             "params": [parameter.tensor for parameter in logical],
         }
         super().add_param_group({**group, "group_index": len(self._logical)})
-        blocks = self._layout.everyones(cut_all(logical, settings))
+        blocks = self.layout.everyones(cut_all(logical, settings))
         first = sum(len(places) for places in self._places)
         self._places.append(dict(zip(blocks, stagger(blocks, first), strict=True)))
         self._logical.append(logical)
@@ -174,10 +174,10 @@ class Shampoo(Optimizer):
         """
         if closure is not None:
             raise ValueError("Shampoo.step takes no closure: compute the loss and its gradients before the step")
-        if not self._layout.in_training():
+        if not self.layout.in_training():
             return
         for group in self.param_groups:
-            if not group["params"]:
+            if not self._takes_part(group):
                 continue
             sharded = self._sharded(group, group["params"])
             if not self._stepped or sharded in self._stepped:
@@ -235,7 +235,7 @@ class Shampoo(Optimizer):
         Under DeepSpeed `blocks` is empty: `engine.save_checkpoint` writes them to files of their own. Plain tensors
         and numbers only, so that `torch.load(weights_only=True)` takes it.
         """
-        blocks = {} if self._layout.keeps_blocks_apart else blocks_state(self._groups.values())
+        blocks = {} if self.layout.keeps_blocks_apart else blocks_state(self._groups.values())
         return {**super().state_dict(), "blocks": blocks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -248,7 +248,7 @@ class Shampoo(Optimizer):
         Raises:
             SettingsError: if the blocks were cut with other settings, or factors are missing.
         """
-        if self._layout.keeps_blocks_apart:
+        if self.layout.keeps_blocks_apart:
             self.took_up_shampoo = "blocks" in state_dict
             state_dict = {**state_dict, "param_groups": with_present_settings(state_dict, self.param_groups)}
         else:
@@ -274,25 +274,29 @@ class Shampoo(Optimizer):
     def _held(self) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
         """What is stepped together: every param group, or its parts, with the tensors that stand for it."""
         for group in self.param_groups:
-            parts = self._layout.parts(group["group_index"])
-            if parts is None and group["params"]:
+            parts = self.layout.parts(group["group_index"])
+            if parts is None and self._takes_part(group):
                 yield group, group["params"]
             for part in parts or ():
                 yield group, [part]
 
+    def _takes_part(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group is stepped now: frameworks take the tensors out of those whose turn it isn't."""
+        return bool(group["params"]) or (self.layout.steps_empty and bool(self._logical[group["group_index"]]))
+
     def _count(self) -> int:
         """How much there is of what is stepped together."""
-        parts = [self._layout.parts(index) for index in range(len(self._logical))]
+        parts = [self.layout.parts(index) for index in range(len(self._logical))]
         return sum(
             bool(logical) if own is None else len(own) for logical, own in zip(self._logical, parts, strict=True)
         )
 
     def _sharded(self, group: Mapping[str, Any], held: Sequence[Tensor]) -> ShardedGroup:
         index, settings = group["group_index"], group_settings(group)
-        key = index, id(held[0])
+        key = index, id(held[0]) if held else 0
         if key not in self._groups:
-            members = self._layout.members(self._logical[index], held)
-            partition = self._layout.partition(members, held)
+            members = self.layout.members(self._logical[index], held)
+            partition = self.layout.partition(members, held)
             loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
             table = block_table(members, partition, settings, loads)
             check_agreement(table.fingerprint, partition, self._device)
@@ -321,7 +325,7 @@ class Shampoo(Optimizer):
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
-        if not state and not self._layout.absent(param):
+        if not state and not self.layout.absent(param):
             state.update(new_state(param))
         return state
 
@@ -333,7 +337,7 @@ class Shampoo(Optimizer):
             raise SettingsError(f"Shampoo can't optimize a parameter of dtype {tensor.dtype}")
         position = f"param_{sum(len(logical) for logical in self._logical) + number}"
         own_name = name or self._names.get(id(tensor), position)
-        name = self._layout.name(own_name, tensor)
+        name = self.layout.name(own_name, tensor)
         role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
         shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
-        return LogicalParameter(name, tensor, shape, role, excluded, self._layout.sections(own_name, tensor))
+        return LogicalParameter(name, tensor, shape, role, excluded, self.layout.sections(own_name, tensor))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block, Section
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
+from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, union_over_ranks, whole_fragments
 
 # An expert's parameter, as deepspeed.moe names it.
 _EXPERT = re.compile(r"(?P<before>.*deepspeed_experts\.)(?P<number>\d+)(?P<after>\..*)")
@@ -32,6 +32,7 @@ class _EngineLayout:
     """What all layouts under an engine share."""
 
     keeps_blocks_apart = True
+    steps_empty = False
 
     def __init__(self, engine: Any) -> None:
         self._engine = weakref.ref(engine)
@@ -74,11 +75,7 @@ class _EngineLayout:
         engine = self._present_engine()
         if not (engine.pipeline_parallelism or engine.has_moe_layers or engine.mp_world_size > 1):
             return blocks
-        found: list[Sequence[Block]] = [()] * dist.get_world_size()
-        dist.all_gather_object(found, list(blocks))
-        union = {str(block): block for stage in found for block in stage}
-        order = {name: number for number, name in enumerate(dict.fromkeys(b.parameter for b in union.values()))}
-        return sorted(union.values(), key=lambda block: (order[block.parameter], block.index))
+        return union_over_ranks(blocks)
 
     def parts(self, index: int) -> Sequence[Tensor] | None:
         return None

@@ -6,6 +6,7 @@ for them here is the CPU's. Nothing of this belongs in a job on GPUs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch.overrides import TorchFunctionMode
 _CPU = torch.device("cpu")
 
 
+@functools.cache
 def stand_in() -> None:
-    """Puts the CPU in CUDA's place for Megatron; to be called before the model is built, once per process."""
+    """Puts the CPU in CUDA's place for Megatron; to be called before the model is built, again to no effect."""
     if torch.cuda.is_available():
         return
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -34,15 +37,19 @@ def stand_in() -> None:
     setattr(Tensor, "cuda", _stay)  # noqa: B010
     setattr(nn.Module, "cuda", _stay)  # noqa: B010
     setattr(WrappedTorchNorm, "__new__", _norm)  # noqa: B010
+    # Gloo gathers equal sizes only; this is Megatron's own other way.
+    setattr(LayerWiseDistributedOptimizer, "allgather_params", LayerWiseDistributedOptimizer.broadcast_params)  # noqa: B010
     _ToCPU().__enter__()  # type: ignore[no-untyped-call]
 
 
 class _ToCPU(TorchFunctionMode):
-    """Makes tensors that are asked for on CUDA on the CPU."""
+    """Makes tensors that are asked for on CUDA on the CPU, where they say that they are on CUDA."""
 
     def __torch_function__(
         self, function: Any, types: Iterable[type], arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
+        if function is Tensor.type and len(arguments) == 1 and not named:
+            return function(*arguments).replace("torch.", "torch.cuda.", 1)
         named = dict(named or {})
         device = named.get("device")
         if device is not None and torch.device(device).type == "cuda":

@@ -60,9 +60,11 @@ class Layout(Protocol):
 
     Attributes:
         keeps_blocks_apart: the framework's checkpoints have the blocks in files of their own, outside `state_dict`.
+        steps_empty: a group that lies on other ranks only is stepped all the same, since this one may own its blocks.
     """
 
     keeps_blocks_apart: bool
+    steps_empty: bool
 
     def in_training(self) -> bool:
         """False while the framework calls `step` only to have state allocated, as DeepSpeed does in set-up."""
@@ -100,6 +102,7 @@ class WholeLayout:
     """One process, every parameter whole: Shampoo as an ordinary torch optimizer."""
 
     keeps_blocks_apart = False
+    steps_empty = False
 
     def in_training(self) -> bool:
         return True
@@ -132,6 +135,15 @@ class WholeLayout:
                 "select Shampoo in the JSON's optimizer section, or call ds_shampoo.initialize"
             )
         return Partition(whole_fragments(members, rank=0))
+
+
+def union_over_ranks(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks of all ranks of the job, each once, in the order in which the lowest ranks have their parameters."""
+    found: list[Sequence[Block]] = [()] * dist.get_world_size()
+    dist.all_gather_object(found, list(blocks))
+    union = {str(block): block for rank in found for block in rank}
+    order = {name: number for number, name in enumerate(dict.fromkeys(b.parameter for b in union.values()))}
+    return sorted(union.values(), key=lambda block: (order[block.parameter], block.index))
 
 
 def check_agreement(value: int, partition: Partition, device: torch.device) -> None:

@@ -1,0 +1,190 @@
+"""What the workers run under Megatron's own training: its schedules, its data parallelism, its optimizers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tests.distributed.jobs import CONTEXT, batch
+from tests.megatron_models.jobs import SETTINGS, build
+
+# What Megatron's own configuration says of it.
+_MEGATRONS = ("lr", "weight_decay")
+
+
+@dataclasses.dataclass
+class Run:
+    """Mean loss per step; this rank's parameters by their names in the whole model; its blocks with roots in force."""
+
+    losses: list[float]
+    end: dict[str, np.ndarray]
+    preconditioned: list[str]
+    metrics: dict[str, float]
+    norms: list[float]
+    rates: list[float]
+    tensor_rank: int
+
+
+def job(
+    steps: int,
+    tensor_parallel: int = 1,
+    settings: dict[str, Any] | None = None,
+    distributed: bool = False,
+    layer_wise: bool = False,
+    bf16: bool = False,
+    clip: float = 0.0,
+    schedule: bool = False,
+    folder: str = "",
+    save_at: int = 0,
+    resume: bool = False,
+    **shape: Any,
+) -> Run:
+    """Megatron's training loop in small; `shape` as of `build`.
+
+    With a folder the run saves there at `save_at`, or resumes from there and trains on from that step.
+    """
+    settings = {**SETTINGS, **(settings or {})}
+    chunk = wrapped(build(tensor_parallel, **shape), distributed, bf16)
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import OptimizerConfig
+
+    from ds_shampoo.megatron import get_megatron_shampoo_optimizer
+    from ds_shampoo.megatron.names import places
+
+    config = OptimizerConfig(
+        lr=settings["lr"],
+        weight_decay=settings.get("weight_decay", 0.0),
+        clip_grad=clip,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=distributed,
+    )
+    shampoo = {key: value for key, value in settings.items() if key not in _MEGATRONS}
+    optimizer = get_megatron_shampoo_optimizer(
+        config, [chunk], config_overrides={}, layer_wise_distributed_optimizer=layer_wise, **shampoo
+    )
+    scheduler = scheduler_of(optimizer, config) if schedule else None
+    if resume:
+        load(folder, chunk, optimizer)
+    losses, norms, rates = [], [], []
+    for step in range(save_at if resume else 0, steps):
+        if folder and not resume and step == save_at:
+            save(folder, chunk, optimizer)
+        losses.append(train_step(chunk, optimizer, step, norms))
+        rates.append(optimizer.param_groups[0]["lr"])
+        if scheduler is not None:
+            scheduler.step(1)
+    end = {
+        place.name: p.detach().float().numpy().copy()
+        for _, p in chunk.named_parameters()
+        if (place := places([chunk])[id(p)])
+    }
+    slots = [slot for shampoo in optimizer.inner() for unit in shampoo.units() for slot in unit.sharded.slots()]
+    ready = [str(block) for block, stack, _, slot in slots if stack.ready[slot]]
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return Run(losses, end, ready, optimizer.metrics(), norms, rates, rank)
+
+
+def wrapped(model: nn.Module, distributed: bool, bf16: bool) -> nn.Module:
+    """A model in Megatron's data parallelism, with the settings that its schedules look for."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.transformer.module import Float16Module
+
+    config = model.config
+    config.bf16, config.params_dtype = bf16, torch.bfloat16 if bf16 else torch.float32
+    config.finalize_model_grads_func, config.deallocate_pipeline_outputs = finalize_model_grads, False
+    if bf16:
+        model = Float16Module(config, model)
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=False
+        ),
+        model,
+    )
+
+
+def scheduler_of(optimizer: Any, config: Any) -> Any:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=0.1 * config.lr,
+        lr_warmup_steps=4,
+        lr_decay_steps=20,
+        lr_decay_style="cosine",
+        start_wd=0.01,
+        end_wd=0.02,
+        wd_incr_steps=20,
+        wd_incr_style="linear",
+    )
+
+
+def train_step(chunk: nn.Module, optimizer: Any, step: int, norms: list[float]) -> float:
+    """One step on this rank's part of the batch; the mean loss over all ranks that have one."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    windows = batch(step).chunk(ranks)[rank]
+    chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    reduced = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter([windows]),
+        model=[chunk],
+        num_microbatches=1,
+        seq_length=CONTEXT,
+        micro_batch_size=len(windows),
+        forward_only=False,
+    )
+    updated, norm, _ = optimizer.step()
+    assert updated
+    norms.append(float(norm))
+    total = torch.tensor([sum(float(part["loss"]) for part in reduced), float(len(reduced))])
+    torch.distributed.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def forward_step(data: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Any]:
+    windows = next(data)
+    tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    places = torch.arange(CONTEXT).expand_as(tokens)
+    ahead = torch.triu(torch.ones(CONTEXT, CONTEXT, dtype=torch.bool), 1)[None, None]
+    output = model(tokens, places, ahead, labels=labels)
+
+    def loss_of(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = losses.float().mean()
+        return loss, {"loss": loss.detach()}
+
+    return output, loss_of
+
+
+def save(folder: str, chunk: nn.Module, optimizer: Any) -> None:
+    from megatron.core import dist_checkpointing
+
+    model = inner(chunk).sharded_state_dict()
+    dist_checkpointing.save({"model": model, "optimizer": optimizer.sharded_state_dict(model)}, folder)
+
+
+def load(folder: str, chunk: nn.Module, optimizer: Any) -> None:
+    from megatron.core import dist_checkpointing
+
+    model = inner(chunk).sharded_state_dict()
+    wanted = {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=True)}
+    found = dist_checkpointing.load(wanted, folder)
+    inner(chunk).load_state_dict(found["model"])
+    optimizer.load_state_dict(found["optimizer"])
+
+
+def inner(chunk: nn.Module) -> nn.Module:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
