@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -24,7 +25,7 @@ else:
     _Base = object
 
 
-class WithBlocks(_Base):
+class WithBlocks(_Base):  # type: ignore[misc]
     """Adds the blocks to what one of Megatron's chained optimizers saves and loads."""
 
     def inner(self) -> Iterator[Shampoo]:
@@ -45,6 +46,7 @@ class WithBlocks(_Base):
     ) -> dict[Any, Any]:
         """Megatron's, and under "shampoo" every block with its factors and roots, saved once, by its owner."""
         whole = super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        self._count(self._steps())  # to prepare for loading, Megatron's distributed optimizer loads what it has
         blocks = {name: block for shampoo in self.inner() for name, block in _sharded(shampoo).items()}
         return {**whole, _KEY: {"step": self._steps(), "blocks": blocks}}
 
@@ -60,6 +62,7 @@ class WithBlocks(_Base):
         own = super().state_dict()
         return {"optimizers": own, _KEY: {"step": self._steps(), "blocks": blocks}}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Any) -> None:
         """Takes back what either gave.
 
@@ -71,13 +74,16 @@ class WithBlocks(_Base):
         own = {key: value for key, value in state_dict.items() if key != _KEY}
         super().load_state_dict(own.get("optimizers", own))
         saved = state_dict[_KEY]
+        self._count(saved["step"])
+        blocks = {name: _joined(state) for name, state in saved["blocks"].items()}
         for shampoo in self.inner():
-            units = shampoo.units()
-            for unit in units:
-                unit.sharded.last_step = saved["step"]
-                for state in unit.states:
-                    state["step"].fill_(saved["step"])
-            load_blocks({name: _joined(state) for name, state in saved["blocks"].items()}, units)
+            load_blocks(blocks, shampoo.units())
+
+    def _count(self, steps: int) -> None:
+        for unit in (unit for shampoo in self.inner() for unit in shampoo.units()):
+            unit.sharded.last_step = steps
+            for state in unit.states:
+                state["step"] = torch.tensor(float(steps))
 
     def _steps(self) -> int:
         return max((unit.sharded.last_step for shampoo in self.inner() for unit in shampoo.units()), default=0)

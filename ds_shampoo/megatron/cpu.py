@@ -24,6 +24,7 @@ def stand_in() -> None:
         return
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     replaced: list[tuple[Any, dict[str, Callable[..., Any]]]] = [
@@ -34,6 +35,8 @@ def stand_in() -> None:
     for module, functions in replaced:
         for name, function in functions.items():
             setattr(module, name, function)
+    if not hasattr(moe_utils, "te_general_gemm"):  # asked for by name, and only imported with Transformer Engine
+        setattr(moe_utils, "te_general_gemm", None)  # noqa: B010
     setattr(Tensor, "cuda", _stay)  # noqa: B010
     setattr(nn.Module, "cuda", _stay)  # noqa: B010
     setattr(WrappedTorchNorm, "__new__", _norm)  # noqa: B010

@@ -58,7 +58,11 @@ class MegatronLayout:
     steps_empty = True
 
     def __init__(
-        self, places: Mapping[int, Place], runs: Mapping[int, Run], replicas: dist.ProcessGroup, slices: dist.ProcessGroup
+        self,
+        places: Mapping[int, Place],
+        runs: Mapping[int, Run],
+        replicas: dist.ProcessGroup,
+        slices: dist.ProcessGroup,
     ) -> None:
         """`places` are every parameter's, by id, and `runs` those of `runs_of`."""
         self._places, self._runs = places, runs

@@ -10,7 +10,9 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 # An expert's number among those of its rank: one module each, or Transformer Engine's one module with a weight each.
-_EXPERT = re.compile(r"(?P<before>.*\.experts\.(local_experts\.|linear_fc[12]\.(weight|bias)))(?P<number>\d+)(?P<after>.*)")
+_EXPERT = re.compile(
+    r"(?P<before>.*\.experts\.(local_experts\.|linear_fc[12]\.(weight|bias)))(?P<number>\d+)(?P<after>.*)"
+)
 
 
 class Place(NamedTuple):

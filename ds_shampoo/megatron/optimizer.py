@@ -31,24 +31,29 @@ _MEGATRONS = {
 
 
 class InnerShampoo(Shampoo):
-    """Shampoo as Megatron's wrappers take an inner optimizer: each state counts its steps as torch's Adam does."""
+    """Shampoo as Megatron's wrappers take an inner optimizer: each state counts its steps as torch's Adam does.
+
+    That is in a tensor on the host, so that no step waits for the device.
+    """
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Shampoo's, but for the counts: Megatron goes on to copy a checkpoint's tensors over all that is there."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            _count_in_a_tensor(state)
+            state.pop("step", None)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state = super()._state_of(param)
-        _count_in_a_tensor(state)
+        if "step" in state:
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
         return state
 
 
-class ShampooChainedOptimizer(WithBlocks, ChainedOptimizer):
+class ShampooChainedOptimizer(WithBlocks, ChainedOptimizer):  # type: ignore[misc]
     """Megatron's optimizers for the weights that all ranks share and for experts, with Shampoo in each."""
 
 
-class ShampooLayerWiseOptimizer(WithBlocks, LayerWiseDistributedOptimizer):
+class ShampooLayerWiseOptimizer(WithBlocks, LayerWiseDistributedOptimizer):  # type: ignore[misc]
     """The same, every rank with the whole elementwise state of some parameters; blocks have owners of their own."""
 
 
@@ -85,9 +90,7 @@ def get_megatron_shampoo_optimizer(
     _refuse_unsupported(config, model_chunks, groups, shampoo, layer_wise_distributed_optimizer)
     members = _get_param_groups(model_chunks, config, config_overrides)
     with _as_adam(config, layer_wise_distributed_optimizer):
-        chained = get_megatron_optimizer(
-            config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection
-        )
+        chained = get_megatron_optimizer(config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection)
     wrappers: list[MegatronOptimizer] = list(chained.chained_optimizers)
     whole = (
         ShampooLayerWiseOptimizer(wrappers, config, groups, [_prepare] * len(wrappers))
@@ -130,12 +133,6 @@ def _put_in_place(
 def _prepare(inner: Shampoo, config: OptimizerConfig | None = None) -> None:
     """What Megatron calls to have state allocated before it is loaded."""
     inner.prepare()
-
-
-def _count_in_a_tensor(state: dict[str, Any]) -> None:
-    """On the host, so that no step waits for the device."""
-    if "step" in state:
-        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
 
 
 @contextlib.contextmanager

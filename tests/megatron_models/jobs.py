@@ -34,8 +34,16 @@ class Run:
     summed: int
 
 
-def build(tensor_parallel: int, kind: str = "gpt", sequence_parallel: bool = False, gated: bool = False) -> nn.Module:
-    """A GPT or BERT of two layers with two query groups; the same weights at any tensor-parallel size."""
+def build(
+    tensor_parallel: int,
+    kind: str = "gpt",
+    sequence_parallel: bool = False,
+    gated: bool = False,
+    pipeline_parallel: int = 1,
+    experts: int | None = None,
+    expert_parallel: int = 1,
+) -> nn.Module:
+    """A GPT or BERT of two layers with two query groups, or this stage of it; the same weights at any such size."""
     from ds_shampoo.megatron import cpu
 
     cpu.stand_in()
@@ -49,7 +57,11 @@ def build(tensor_parallel: int, kind: str = "gpt", sequence_parallel: bool = Fal
 
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        expert_model_parallel_size=expert_parallel,
+    )
     model_parallel_cuda_manual_seed(0)
     torch.manual_seed(0)
     config = TransformerConfig(
@@ -59,6 +71,13 @@ def build(tensor_parallel: int, kind: str = "gpt", sequence_parallel: bool = Fal
         num_query_groups=2,
         ffn_hidden_size=FEED_FORWARD,
         tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        pipeline_dtype=torch.float32,
+        expert_model_parallel_size=expert_parallel,
+        num_moe_experts=experts,
+        add_bias_linear=experts is None,
+        moe_token_dispatcher_type="allgather",
+        moe_ffn_hidden_size=FEED_FORWARD if experts else None,
         sequence_parallel=sequence_parallel,
         gated_linear_unit=gated,
         hidden_dropout=0.0,
@@ -75,9 +94,11 @@ def build(tensor_parallel: int, kind: str = "gpt", sequence_parallel: bool = Fal
         )
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="LayerNorm"),
+        get_gpt_layer_local_spec(experts, normalization="LayerNorm"),
         VOCABULARY,
         CONTEXT,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=False,
         position_embedding_type="learned_absolute",
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import multiprocessing
+import zlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,31 +34,25 @@ class Run:
     tensor_rank: int
 
 
-def job(
-    steps: int,
+def prepared(
     tensor_parallel: int = 1,
     settings: dict[str, Any] | None = None,
     distributed: bool = False,
     layer_wise: bool = False,
     bf16: bool = False,
     clip: float = 0.0,
-    schedule: bool = False,
-    folder: str = "",
-    save_at: int = 0,
-    resume: bool = False,
+    by_name: bool = False,
     **shape: Any,
-) -> Run:
-    """Megatron's training loop in small; `shape` as of `build`.
-
-    With a folder the run saves there at `save_at`, or resumes from there and trains on from that step.
-    """
+) -> tuple[nn.Module, Any]:
+    """A model and its optimizer; `shape` as of `build`, `by_name` gives stages and experts the same weights."""
     settings = {**SETTINGS, **(settings or {})}
-    chunk = wrapped(build(tensor_parallel, **shape), distributed, bf16)
-    from megatron.core import parallel_state
+    model = build(tensor_parallel, **shape)
+    if by_name:
+        initialize_by_name(model)
+    chunk = wrapped(model, distributed, bf16)
     from megatron.core.optimizer import OptimizerConfig
 
     from ds_shampoo.megatron import get_megatron_shampoo_optimizer
-    from ds_shampoo.megatron.names import places
 
     config = OptimizerConfig(
         lr=settings["lr"],
@@ -68,13 +66,36 @@ def job(
     optimizer = get_megatron_shampoo_optimizer(
         config, [chunk], config_overrides={}, layer_wise_distributed_optimizer=layer_wise, **shampoo
     )
-    scheduler = scheduler_of(optimizer, config) if schedule else None
+    return chunk, optimizer
+
+
+def job(
+    steps: int,
+    tensor_parallel: int = 1,
+    settings: dict[str, Any] | None = None,
+    schedule: bool = False,
+    folder: str = "",
+    save_at: int = 0,
+    resume: bool = False,
+    sharding: str = "fully_reshardable",
+    **how: Any,
+) -> Run:
+    """Megatron's training loop in small; `how` as of `prepared`.
+
+    With a folder the run saves there at `save_at`, or resumes from there and trains on from that step.
+    """
+    chunk, optimizer = prepared(tensor_parallel, settings, **how)
+    from megatron.core import parallel_state
+
+    from ds_shampoo.megatron.names import places
+
+    scheduler = scheduler_of(optimizer) if schedule else None
     if resume:
-        load(folder, chunk, optimizer)
+        load(folder, chunk, optimizer, sharding)
     losses, norms, rates = [], [], []
     for step in range(save_at if resume else 0, steps):
         if folder and not resume and step == save_at:
-            save(folder, chunk, optimizer)
+            save(folder, chunk, optimizer, sharding)
         losses.append(train_step(chunk, optimizer, step, norms))
         rates.append(optimizer.param_groups[0]["lr"])
         if scheduler is not None:
@@ -88,6 +109,18 @@ def job(
     ready = [str(block) for block, stack, _, slot in slots if stack.ready[slot]]
     rank = parallel_state.get_tensor_model_parallel_rank()
     return Run(losses, end, ready, optimizer.metrics(), norms, rates, rank)
+
+
+def initialize_by_name(model: nn.Module) -> None:
+    """Weights that depend on their name in the whole model alone, not on what else is on this rank."""
+    from ds_shampoo.megatron.names import places
+
+    found = places([model])
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            generator = torch.Generator().manual_seed(zlib.crc32(found[id(parameter)].name.encode()))
+            with torch.no_grad():
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 def wrapped(model: nn.Module, distributed: bool, bf16: bool) -> nn.Module:
@@ -109,14 +142,36 @@ def wrapped(model: nn.Module, distributed: bool, bf16: bool) -> nn.Module:
     )
 
 
-def scheduler_of(optimizer: Any, config: Any) -> Any:
+def undistributed() -> tuple[bool, str, str]:
+    """Whether a run goes on as it did from a state in one dict, what refuses to give one, and what to load another."""
+    chunk, optimizer = prepared()
+    norms: list[float] = []
+    for step in range(3):
+        train_step(chunk, optimizer, step, norms)
+    weights = copy.deepcopy(inner(chunk).state_dict())
+    try:
+        state, error = copy.deepcopy(optimizer.state_dict()), ""
+    except ValueError as refusal:
+        return False, str(refusal), ""
+    first = [train_step(chunk, optimizer, step, norms) for step in range(3, 6)]
+    inner(chunk).load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    second = [train_step(chunk, optimizer, step, norms) for step in range(3, 6)]
+    try:
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    except ValueError as refusal:
+        return first == second, error, str(refusal)
+    return first == second, error, ""
+
+
+def scheduler_of(optimizer: Any) -> Any:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=0.1 * config.lr,
+        max_lr=SETTINGS["lr"],
+        min_lr=0.1 * SETTINGS["lr"],
         lr_warmup_steps=4,
         lr_decay_steps=20,
         lr_decay_style="cosine",
@@ -167,18 +222,23 @@ def forward_step(data: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Any]
     return output, loss_of
 
 
-def save(folder: str, chunk: nn.Module, optimizer: Any) -> None:
+def save(folder: str, chunk: nn.Module, optimizer: Any, sharding: str) -> None:
     from megatron.core import dist_checkpointing
 
     model = inner(chunk).sharded_state_dict()
-    dist_checkpointing.save({"model": model, "optimizer": optimizer.sharded_state_dict(model)}, folder)
+    metadata = {"distrib_optim_sharding_type": sharding}
+    whole = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=metadata)}
+    # Its writers are processes of their own, which the daemons that workers are may not have.
+    with mock.patch.dict(multiprocessing.current_process()._config, daemon=False):  # type: ignore[attr-defined]
+        dist_checkpointing.save(whole, folder)
 
 
-def load(folder: str, chunk: nn.Module, optimizer: Any) -> None:
+def load(folder: str, chunk: nn.Module, optimizer: Any, sharding: str) -> None:
     from megatron.core import dist_checkpointing
 
     model = inner(chunk).sharded_state_dict()
-    wanted = {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=True)}
+    metadata = {"distrib_optim_sharding_type": sharding}
+    wanted = {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)}
     found = dist_checkpointing.load(wanted, folder)
     inner(chunk).load_state_dict(found["model"])
     optimizer.load_state_dict(found["optimizer"])
