@@ -56,6 +56,7 @@ def prepared(
 
     config = OptimizerConfig(
         lr=settings["lr"],
+        min_lr=0.1 * settings["lr"],
         weight_decay=settings.get("weight_decay", 0.0),
         clip_grad=clip,
         bf16=bf16,
