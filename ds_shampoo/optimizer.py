@@ -25,11 +25,12 @@ from ds_shampoo.config import (
 )
 from ds_shampoo.elementwise import new_state
 from ds_shampoo.group import ShardedGroup, Unit
-from ds_shampoo.host.schedule import stagger
+from ds_shampoo.host.schedule import RootSchedule, stagger
 from ds_shampoo.host.service import RootService
 from ds_shampoo.metrics import collect
 from ds_shampoo.report import render
 from ds_shampoo.saving import blocks_state, check_fits, load_blocks, restore_exactly, with_present_settings
+from ds_shampoo.sharding.order import by_name
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
 from ds_shampoo.sharding.table import block_table, cut_all
 from ds_shampoo.stopwatch import Stopwatch
@@ -125,7 +126,8 @@ class Shampoo(Optimizer):
         self._names = selection.names(model) if model is not None else {}
         self._roles = selection.roles(model) if model is not None else {}
         self._logical: list[list[LogicalParameter]] = []
-        self._places: list[dict[Block, int]] = []
+        self._places: dict[Block, int] = {}
+        self._placed_groups = 0
         self._groups: dict[tuple[int, int], ShardedGroup] = {}
         self._loads: dict[int, list[float]] = {}
         self._stepped: set[ShardedGroup] = set()
@@ -135,6 +137,7 @@ class Shampoo(Optimizer):
         super().__init__(params, defaults)
         first = next((parameter for group in self._logical for parameter in group), None)
         self._device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
+        self._place_blocks()
         self._service = RootService(config, self._device)
         self._stopwatch = Stopwatch(self._device)
 
@@ -160,9 +163,6 @@ class Shampoo(Optimizer):
             "params": [parameter.tensor for parameter in logical],
         }
         super().add_param_group({**group, "group_index": len(self._logical)})
-        blocks = self.layout.everyones(cut_all(logical, settings))
-        first = sum(len(places) for places in self._places)
-        self._places.append(dict(zip(blocks, stagger(blocks, first), strict=True)))
         self._logical.append(logical)
 
     @torch.no_grad()
@@ -295,6 +295,7 @@ class Shampoo(Optimizer):
         index, settings = group["group_index"], group_settings(group)
         key = index, id(held[0]) if held else 0
         if key not in self._groups:
+            self._place_blocks()
             members = self.layout.members(self._logical[index], held)
             partition = self.layout.partition(members, held)
             loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
@@ -307,10 +308,29 @@ class Shampoo(Optimizer):
                 self._device,
                 self._service,
                 self._stopwatch,
-                self._places[index],
+                self._places,
             )
             self._log_table()
         return self._groups[key]
+
+    def _place_blocks(self) -> None:
+        """Gives the blocks of new param groups their places: in the model's order, whatever group they are in.
+
+        Groups of different schedules have rounds of their own.
+        """
+        order = {key: number for number, key in enumerate(self._names)}
+        members: dict[RootSchedule, list[tuple[int, list[Block]]]] = {}
+        for index in range(self._placed_groups, len(self._logical)):
+            settings = group_settings(self.param_groups[index])
+            members.setdefault(RootSchedule.of(settings), []).extend(
+                (order.get(id(parameter.tensor), len(order)), cut_all([parameter], settings))
+                for parameter in self._logical[index]
+            )
+        for parameters in members.values():
+            mine = [block for _, blocks in sorted(parameters, key=lambda found: found[0]) for block in blocks]
+            everyones = self.layout.everyones(mine)
+            self._places.update(zip(everyones, stagger(everyones, len(self._places)), strict=True))
+        self._placed_groups = len(self._logical)
 
     def _table(self) -> str:
         return render([group.table for group in self._groups.values()]) + self._service.describe()
@@ -341,3 +361,15 @@ class Shampoo(Optimizer):
         role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
         shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
         return LogicalParameter(name, tensor, shape, role, excluded, self.layout.sections(own_name, tensor))
+
+
+def share_places(optimizers: Sequence[Shampoo], names: Sequence[str]) -> None:
+    """Spreads the boundaries of several optimizers' blocks as if one had them all; to be called before they step.
+
+    Args:
+        names: those of all parameters, in the model's order.
+    """
+    blocks = by_name({block for optimizer in optimizers for block in optimizer._places}, names)
+    places = dict(zip(blocks, stagger(blocks, 0), strict=True))
+    for optimizer in optimizers:
+        optimizer._places = places

@@ -59,9 +59,12 @@ def test_experts_of_megatron() -> None:
     model = nn.Linear(2, 2)
     refuse_unsupported(SimpleNamespace(module=model))
     model.weight.allreduce = False  # type: ignore[attr-defined]
-    with pytest.raises(SettingsError, match="expert model parallelism of Megatron"):
-        refuse_unsupported(SimpleNamespace(module=model, has_moe_layers=False))
-    refuse_unsupported(SimpleNamespace(module=model, has_moe_layers=True))
+    with pytest.raises(SettingsError, match="expert model parallelism of Megatron: DeepSpeed does not know"):
+        refuse_unsupported(SimpleNamespace(module=model))
+    model.weight.group_name = "ep_size_2"  # type: ignore[attr-defined]
+    refuse_unsupported(SimpleNamespace(module=model, zero_optimization_stage=lambda: 2))
+    with pytest.raises(SettingsError, match=r"zero_optimization.stage = 3 with expert model parallelism of Megatron"):
+        refuse_unsupported(SimpleNamespace(module=model, zero_optimization_stage=lambda: 3))
 
 
 def test_auto_parallelism() -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ds_shampoo import saving
 from ds_shampoo.checkpoint.files import FOLDER, BlockReader, CheckpointError, replace_text, write_file, write_index
+from ds_shampoo.deepspeed.experts import ExpertWeights
 from ds_shampoo.deepspeed.provenance import check_world, describe, saved_by_shampoo, slice_rank, without_blocks
 from ds_shampoo.elementwise import new_state
 from ds_shampoo.optimizer import Shampoo
@@ -58,7 +59,14 @@ def _loading(engine: Any, optimizer: Shampoo, deepspeeds: Callable[..., Any]) ->
         call = _bound(deepspeeds, positional, named)
         options = call.arguments
         wanted = options["load_optimizer_states"] and not options["load_module_only"]
-        reader = _opened(engine, optimizer, options["load_dir"], options["tag"]) if wanted else None
+        folder = _folder(engine, options["load_dir"], options["tag"])
+        experts = ExpertWeights(engine, slice_rank(engine))
+        reader = None
+        if folder is not None and (wanted or experts):
+            reader = _opened(engine, optimizer, folder, experts, wanted)
+        if reader is not None and experts:
+            options["custom_load_fn"] = experts.loader(reader, options["load_module_strict"], options["custom_load_fn"])
+        reader = reader if wanted else None
         if reader is not None and engine.zero_nvme_offload_optimizer():
             _expect_moments(engine, optimizer)
         optimizer.took_up_shampoo = False
@@ -105,40 +113,56 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
     if slice_rank(engine) > 0:  # what is not sliced is written by the first of those that have it
         sliced = optimizer.sliced_parameters()
         states = {name: state for name, state in states.items() if name.rpartition("[")[0] in sliced}
-    entry = write_file(folder, f"rank{engine.global_rank:05d}-{stamp[0]}.safetensors", states)
+    name = f"rank{engine.global_rank:05d}-{stamp[0]}.safetensors"
+    own = [write_file(folder, name, states)]
+    weights = ExpertWeights(engine, slice_rank(engine)).to_save()
+    if weights:
+        own.append(write_file(folder, f"experts-{name}", weights))
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (entry, header))
-    names = Counter(name for each, _ in gathered for name in each.blocks)
+    dist.all_gather_object(gathered, (own, header))
+    entries = [entry for each, _ in gathered for entry in each]
+    names = Counter(name for entry in entries for name in entry.blocks)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise CheckpointError(f"{folder}: {len(twice)} blocks belong to more than one rank, {twice[0]} first")
     if engine.global_rank == 0:
         steps = {name: step for _, other in gathered for name, step in other["steps"].items()}
         whole = {**header, **describe(engine, optimizer.param_groups), "steps": steps}
-        write_index(folder, whole, [each for each, _ in gathered])
+        write_index(folder, whole, entries)
     dist.barrier()
 
 
-def _opened(engine: Any, optimizer: Shampoo, load_dir: str, tag: str | None) -> BlockReader | None:
-    """The checked folder of a checkpoint, None where there is none; before anything is loaded.
+def _folder(engine: Any, load_dir: str, tag: str | None) -> Path | None:
+    """Where a checkpoint's folder of blocks is or would be; None where no checkpoint is named."""
+    latest = Path(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    return Path(load_dir, str(tag), FOLDER) if tag is not None else None
+
+
+def _opened(engine: Any, optimizer: Shampoo, folder: Path, experts: ExpertWeights, wanted: bool) -> BlockReader | None:
+    """The folder, checked before anything is loaded; None where there is none.
+
+    Args:
+        wanted: whether the blocks are, and not the weights alone.
 
     Raises:
         CheckpointError: on all ranks, if any of them finds something wrong.
     """
-    latest = Path(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")
-    if tag is None and latest.is_file():
-        tag = latest.read_text().strip()
-    folder = Path(load_dir, str(tag), FOLDER)
     reader, problem = None, ""
-    if tag is not None and folder.is_dir():
+    if folder.is_dir():
         try:
             reader = BlockReader(folder)
-            check_world(engine, reader)
-            saving.check(optimizer.units(), reader)
+            if wanted:
+                check_world(engine, reader)
+                saving.check(optimizer.units(), reader)
+            experts.check(reader)
         except CheckpointError as error:
             problem = str(error)
-    elif tag is not None and saved_by_shampoo(folder.parent):
+    elif saved_by_shampoo(folder.parent):
         problem = without_blocks(folder.parent)
+    elif experts and folder.parent.is_dir():
+        problem = f"{folder.parent} holds the weights of the first rank's experts only: Shampoo did not save it"
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     first = next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), None)

@@ -46,6 +46,7 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     if "deepspeed" not in sys.modules or not isinstance(engine, sys.modules["deepspeed"].DeepSpeedEngine):
         return Shampoo(params, **settings)
     from ds_shampoo.deepspeed.checkpoint import attach
+    from ds_shampoo.deepspeed.experts import adopt
     from ds_shampoo.deepspeed.layouts import layout_for
     from ds_shampoo.deepspeed.monitor import MonitorFeed
     from ds_shampoo.deepspeed.support import (
@@ -58,7 +59,8 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     _log_to_stdout()
     if hasattr(engine.mpu, "shampoo_prepare"):
         engine.mpu.shampoo_prepare(engine.module)
-    optimizer = Shampoo(params, **settings, model=engine.module, layout=layout_for(engine))
+    groups = adopt(engine, params)
+    optimizer = Shampoo(groups, **settings, model=engine.module, layout=layout_for(engine))
     refuse_factors_of_tied_layers(engine, optimizer.param_groups)
     refuse_norms_of_slices(engine, optimizer.param_groups)
     optimizer.register_step_post_hook(MonitorFeed(engine))
@@ -80,6 +82,8 @@ def initialize(
     """
     import deepspeed
 
+    from ds_shampoo.deepspeed.support import refuse_unknown_experts
+
     if isinstance(optimizer, Shampoo):
         raise SettingsError(
             "optimizer = a Shampoo object: under DeepSpeed name it in the config instead, "
@@ -97,6 +101,9 @@ def initialize(
         parse(section.get("params") or {})
         settings["zero_allow_untested_optimizer"] = True
         settings["zero_force_ds_cpu_optimizer"] = False
+        if hasattr(others.get("mpu"), "shampoo_register"):
+            others["mpu"].shampoo_register(model)
+        refuse_unknown_experts(model)
     engine, *rest = deepspeed.initialize(args=args, model=model, optimizer=optimizer, config=settings, **others)
     if ours:
         engine.basic_optimizer.prepare()

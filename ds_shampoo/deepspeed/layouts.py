@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block, Section
+from ds_shampoo.deepspeed.experts import expert_group, global_name
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, union_over_ranks, whole_fragments
-
-# An expert's parameter, as deepspeed.moe names it.
-_EXPERT = re.compile(r"(?P<before>.*deepspeed_experts\.)(?P<number>\d+)(?P<after>\..*)")
+from ds_shampoo.sharding.order import union_over_ranks
+from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
 
 
 def layout_for(engine: Any) -> Layout:
@@ -46,22 +44,7 @@ class _EngineLayout:
         return torch.device(self._present_engine().device)
 
     def name(self, name: str, parameter: Tensor) -> str:
-        """Every rank numbers its experts from 0; here they are numbered over all ranks."""
-        group = _expert_group(parameter)
-        if group is None:
-            return name
-        from deepspeed.utils import groups
-
-        found = _EXPERT.match(name)
-        if found is None:
-            raise _misread(f"parameter '{name}' is an expert's, but its name does not tell which expert's")
-        local = {
-            other["number"]
-            for full, _ in self._present_engine().module.named_parameters()
-            if (other := _EXPERT.match(full)) and other["before"] == found["before"]
-        }
-        number = int(found["number"]) + groups._get_expert_parallel_rank(group) * len(local)
-        return f"{found['before']}{number}{found['after']}"
+        return global_name(self._present_engine().module, name, parameter)
 
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
         """Asks the `mpu`, where it knows (ds_shampoo.megatron.mpu does)."""
@@ -116,7 +99,7 @@ class ReplicatedLayout(_EngineLayout):
     def _replicas(self, members: Sequence[LogicalParameter]) -> dist.ProcessGroup:
         """The ranks that hold the same parameters: the data-parallel ones, or an expert's."""
         engine = self._present_engine()
-        names = {_expert_group(parameter.tensor) for parameter in members}
+        names = {expert_group(parameter.tensor) for parameter in members}
         if len(names) > 1:
             raise RuntimeError(
                 "a param group holds both experts and parameters that all ranks share; split it with "
@@ -232,11 +215,6 @@ def _prove(parameter: LogicalParameter, master: Tensor, present: Tensor) -> None
     """Holds a reading of the layout against the data: a master weight, rounded, is the weight that the model uses."""
     if not torch.equal(master.detach().to(present), present.detach()):
         raise _misread(f"the fp32 master weights found for '{parameter.name}' are not that parameter's")
-
-
-def _expert_group(tensor: Tensor) -> str | None:
-    """The name of an expert parameter's group, None for a parameter that all data-parallel ranks share."""
-    return None if getattr(tensor, "allreduce", True) else tensor.group_name  # type: ignore[attr-defined]
 
 
 def _nonempty(parameters: Sequence[LogicalParameter]) -> list[LogicalParameter]:

@@ -6,8 +6,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.config import SettingsError
+from ds_shampoo.deepspeed.experts import foreign_experts
+
+_UNKNOWN_EXPERTS = (
+    "expert model parallelism of Megatron: DeepSpeed does not know which ranks share an expert; call "
+    "ds_shampoo.initialize with mpu=ds_shampoo.megatron.mpu, or ds_shampoo.megatron.register_experts(model) before "
+    "deepspeed.initialize"
+)
 
 # The release in which everything that is not refused was tested.
 _TESTED = (0, 19)
@@ -59,6 +68,16 @@ def refuse_norms_of_slices(engine: Any, groups: Iterable[Mapping[str, Any]]) -> 
             )
 
 
+def refuse_unknown_experts(model: Any) -> None:
+    """Refuses experts that DeepSpeed can't place, before it fails over them without saying why.
+
+    Raises:
+        SettingsError: saying what to call.
+    """
+    if _has_unknown_experts(model):
+        raise SettingsError(_UNKNOWN_EXPERTS)
+
+
 def _ask(engine: Any, method: str) -> Any:
     """An engine's answer, or None where this DeepSpeed does not know the question."""
     found = getattr(engine, method, None)
@@ -76,9 +95,14 @@ def _has_libaio() -> bool:
     return bool(AsyncIOBuilder().is_compatible())
 
 
-def _has_expert_parallel_weights(engine: Any) -> bool:
-    parameters = engine.module.parameters() if hasattr(engine, "module") else ()
-    return any(not getattr(parameter, "allreduce", True) for parameter in parameters)
+def _has_unknown_experts(model: Any) -> bool:
+    """Whether some parameter is one of the experts that ranks divide, and DeepSpeed can't know among which ranks."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return any(not getattr(p, "allreduce", True) and not hasattr(p, "group_name") for p in parameters)
+
+
+def _spreads_foreign_experts(engine: Any) -> Any:
+    return _ask(engine, "zero_optimization_stage") == 3 and hasattr(engine, "module") and foreign_experts(engine.module)
 
 
 def _older_deepspeed() -> bool:
@@ -166,9 +190,13 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "expert_parallel.enabled = true (AutoEP): Shampoo has not been tried with it; use deepspeed.moe's layers",
     ),
     (
-        lambda e: not getattr(e, "has_moe_layers", False) and _has_expert_parallel_weights(e),
-        "expert model parallelism of Megatron: DeepSpeed averages these experts' gradients over all ranks; use "
-        "--expert-model-parallel-size 1 or deepspeed.moe's layers",
+        lambda e: _has_unknown_experts(getattr(e, "module", None)),
+        _UNKNOWN_EXPERTS,
+    ),
+    (
+        _spreads_foreign_experts,
+        "zero_optimization.stage = 3 with expert model parallelism of Megatron: DeepSpeed would spread every expert "
+        "over ranks that have others; use stage 1 or 2",
     ),
     (
         lambda e: _ask(e, "managed_gradient_accumulation") is False,

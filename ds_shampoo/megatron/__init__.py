@@ -6,6 +6,7 @@ except ImportError as error:
     raise ImportError("ds_shampoo.megatron needs megatron-core: pip install 'ds-shampoo[megatron]'") from error
 
 from ds_shampoo.megatron import mpu
+from ds_shampoo.megatron.experts import register_experts
 from ds_shampoo.megatron.optimizer import get_megatron_shampoo_optimizer
 
-__all__ = ["get_megatron_shampoo_optimizer", "mpu"]
+__all__ = ["get_megatron_shampoo_optimizer", "mpu", "register_experts"]

@@ -15,7 +15,8 @@ from ds_shampoo.algorithm.blocks import Block, Section
 from ds_shampoo.megatron.names import Place
 from ds_shampoo.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.partition import LogicalParameter, Partition, union_over_ranks
+from ds_shampoo.sharding.order import union_over_ranks
+from ds_shampoo.sharding.partition import LogicalParameter, Partition
 
 
 class Run(NamedTuple):

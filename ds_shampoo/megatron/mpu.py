@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.megatron.experts import register_experts
 from ds_shampoo.megatron.gradients import reduce_sequence_parallel_gradients
 from ds_shampoo.megatron.slicing import sections
 
@@ -40,6 +41,15 @@ def shampoo_sections(model: nn.Module, name: str, parameter: Tensor) -> Sequence
     """
     group = parallel_state.get_tensor_model_parallel_group()
     return sections(model, name, parameter, dist.get_rank(group), dist.get_world_size(group))
+
+
+def shampoo_register(model: nn.Module) -> None:
+    """What DeepSpeed has to know of a Megatron model before it takes it; `ds_shampoo.initialize` calls it.
+
+    Raises:
+        ValueError: as `register_experts`.
+    """
+    register_experts(model)
 
 
 def shampoo_prepare(model: nn.Module) -> None:

@@ -20,7 +20,8 @@ from ds_shampoo.config import SettingsError, ShampooConfig, parse
 from ds_shampoo.megatron.checkpoint import WithBlocks
 from ds_shampoo.megatron.layout import MegatronLayout, runs_of
 from ds_shampoo.megatron.names import Place, places
-from ds_shampoo.optimizer import Shampoo
+from ds_shampoo.optimizer import Shampoo, share_places
+from ds_shampoo.sharding.order import names_over_ranks
 
 # What Megatron's own configuration says.
 _MEGATRONS = {
@@ -101,6 +102,10 @@ def get_megatron_shampoo_optimizer(
     for wrapper in whole.chained_optimizers:
         if not wrapper.is_stub_optimizer:
             _put_in_place(wrapper, model_chunks, members, found, groups, shampoo)
+    inner = list(whole.inner())
+    share_places(inner, names_over_ranks([place.name for place in found.values()]))
+    for optimizer in inner:
+        optimizer.prepare()
     return whole
 
 
@@ -127,7 +132,6 @@ def _put_in_place(
     for group, held in zip(inner.param_groups, present, strict=True):
         group["params"] = held["params"]
     wrapper.optimizer, wrapper.init_state_fn = inner, _prepare
-    inner.prepare()
 
 
 def _prepare(inner: Shampoo, config: OptimizerConfig | None = None) -> None:

@@ -137,15 +137,6 @@ class WholeLayout:
         return Partition(whole_fragments(members, rank=0))
 
 
-def union_over_ranks(blocks: Sequence[Block]) -> list[Block]:
-    """The blocks of all ranks of the job, each once, in the order in which the lowest ranks have their parameters."""
-    found: list[Sequence[Block]] = [()] * dist.get_world_size()
-    dist.all_gather_object(found, list(blocks))
-    union = {str(block): block for rank in found for block in rank}
-    order = {name: number for number, name in enumerate(dict.fromkeys(b.parameter for b in union.values()))}
-    return sorted(union.values(), key=lambda block: (order[block.parameter], block.index))
-
-
 def check_agreement(value: int, partition: Partition, device: torch.device) -> None:
     """Compares a fingerprint over the group's ranks, once at start.
 

@@ -1,8 +1,12 @@
-"""A pool of worker processes that form one process group and run functions together, test after test."""
+"""A pool of worker processes that form one process group and run functions together, test after test.
+
+The workers of all pools are forked off one process that has imported DeepSpeed: each import takes seconds of a core.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import socket
@@ -10,13 +14,19 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn
 
 # Far more than any job takes, even on a busy machine; a collective that some rank never enters hangs for ever.
 _TIMEOUT_S = 240.0
+
+# What is not installed is passed over. None of this package is here: coverage counts what the forks import of it.
+_IMPORTED_ONCE = [
+    "deepspeed", "megatron.core.models.bert", "megatron.core.models.gpt", "pytest", "torch.utils.tensorboard",
+]  # fmt: skip
 
 
 class WorkerError(AssertionError):
@@ -29,7 +39,7 @@ class WorkerPool:
     def __init__(self, world_size: int) -> None:
         self.alive = True
         self._folder = tempfile.TemporaryDirectory(prefix="ds-shampoo-workers-")
-        context = get_context("spawn")
+        context = _forks()
         self._workers = []
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -37,7 +47,7 @@ class WorkerPool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, port, theirs, self._log(rank)), daemon=True
+                target=_serve, args=(rank, world_size, port, theirs, self._log(rank), dict(os.environ)), daemon=True
             )
             process.start()
             self._workers.append((process, ours))
@@ -68,7 +78,7 @@ class WorkerPool:
         return results
 
     def close(self) -> None:
-        """Lets the workers end by themselves, so that what they have to write at exit gets written."""
+        """Lets the workers end by themselves, so that what coverage has to write gets written."""
         for _, connection in self._workers:
             with contextlib.suppress(OSError):
                 connection.send(None)
@@ -108,18 +118,52 @@ def worker_pools() -> Iterator[Callable[[int], WorkerPool]]:
             workers.close()
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection, log: Path) -> None:
+def _forks() -> ForkServerContext:
+    """Processes that begin with `_IMPORTED_ONCE` imported."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    counting = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_")}
+    try:
+        forkserver.ensure_running()  # uncounted: it would write its data when everybody else is gone
+    finally:
+        os.environ.update(counting)
+    return context
+
+
+def _serve(
+    rank: int, world_size: int, port: int, connection: Connection, log: Path, environment: dict[str, str]
+) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
+        environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+    with _counted():
+        _answer(connection)
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[None]:
+    """Counted by coverage, where the environment says so: a fork neither begins nor ends as that expects."""
+    if "COVERAGE_PROCESS_CONFIG" not in os.environ:
+        yield
+        return
+    import coverage
+
+    count = coverage.process_startup()
+    yield
+    count.stop()
+    count.save()
+
+
+def _answer(connection: Connection) -> None:
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
 
+    gc.freeze()  # DeepSpeed collects garbage with every engine, and looks at a million objects of imports each time
     torch.set_num_threads(1)
     # DeepSpeed asks the CPU for fast fp16 arithmetic; torch computes it on every CPU, and speed is not the matter.
     get_accelerator().is_fp16_supported = lambda: True

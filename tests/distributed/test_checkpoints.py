@@ -142,9 +142,10 @@ def test_changed_settings(pools: Pools, saved: tuple[Path, Trace], changed: dict
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "index", "model", "folder"])
-def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(pools: Pools, tmp_path: Path, damage: str) -> None:
-    config = engine_config(SHAMPOO, 2, 2)
-    pools(2).run(jobs.saving, config, str(tmp_path), 3, 3)
+def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(
+    pools: Pools, saved: tuple[Path, Trace], tmp_path: Path, damage: str
+) -> None:
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
     folder = blocks_folder(tmp_path)
     file = sorted(folder.glob("rank00001-*.safetensors"))[0]
     named = [file.name, "block layers."]
@@ -168,7 +169,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(pools: Pools
             entry["blocks"] = {name.replace("layers.1", "layers.9"): b for name, b in entry["blocks"].items()}
         (folder / "index.json").write_text(json.dumps(index))
         named = ["has no block layers.1", "another model"]
-    for message, untouched in pools(2).run(jobs.failing_to_load, config, str(tmp_path)):
+    for message, untouched in pools(2).run(jobs.failing_to_load, engine_config(SHAMPOO, 2, 2), str(tmp_path)):
         assert all(part in message for part in named), message
         assert untouched
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,23 @@ import pytest
 from deepspeed import DeepSpeedEngine
 
 from tests.distributed import jobs
-from tests.distributed.jobs import SHAMPOO, engine_config
+from tests.distributed.jobs import SHAMPOO, Trace, engine_config
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_parity import FP32
 
 Pools = Callable[[int], WorkerPool]
+Straight = Callable[[dict[str, Any]], list[Trace]]
+
+
+@pytest.fixture(scope="module")
+def straight(pools: Pools) -> Straight:
+    """What two ranks make of a config in 12 steps where nothing happens to them; run once for all tests."""
+
+    @functools.cache
+    def run(config: str) -> list[Trace]:
+        return pools(2).run(jobs.job, json.loads(config), 12)
+
+    return lambda config: run(json.dumps(config, sort_keys=True))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -45,15 +59,13 @@ def test_an_overflow_leaves_every_state_untouched(pools: Pools, stage: int) -> N
     ids=["fp32-1", "fp32-2", "fp32-3", "bf16-0", "bf16-1", "bf16-1-BF16_Optimizer", "bf16-2", "bf16-3", "fp16-2"],
 )
 def test_a_gradient_that_is_not_finite_leaves_every_state_untouched(
-    pools: Pools, precision: str, stage: int, other: dict[str, Any], factor: float
+    pools: Pools, straight: Straight, precision: str, stage: int, other: dict[str, Any], factor: float
 ) -> None:
     config = engine_config(SHAMPOO, stage, 2, precision=precision, **other)
     if precision == "fp16":
         config["fp16"]["loss_scale"] = 2**jobs.LOSS_SCALE_POWER  # a scale that moves would round otherwise
-    straight = pools(2).run(jobs.job, config, 12)
-    for (untouched, skipped, trace), expected in zip(
-        pools(2).run(jobs.poisoned, config, 12, 6, factor), straight, strict=True
-    ):
+    poisoned = pools(2).run(jobs.poisoned, config, 12, 6, factor)
+    for (untouched, skipped, trace), expected in zip(poisoned, straight(config), strict=True):
         assert untouched
         assert skipped == 1
         assert trace.losses == expected.losses
@@ -61,22 +73,28 @@ def test_a_gradient_that_is_not_finite_leaves_every_state_untouched(
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")])
-def test_offload_states_and_back_changes_nothing(pools: Pools, stage: int, precision: str) -> None:
+def test_offload_states_and_back_changes_nothing(pools: Pools, straight: Straight, stage: int, precision: str) -> None:
     config = engine_config(SHAMPOO, stage, 2, precision=precision)
-    straight = pools(2).run(jobs.job, config, 12)
-    for trace, expected in zip(pools(2).run(jobs.set_aside, config, 12, 6), straight, strict=True):
+    for trace, expected in zip(pools(2).run(jobs.set_aside, config, 12, 6), straight(config), strict=True):
         assert trace.losses == expected.losses
         assert np.array_equal(trace.end, expected.end)
+
+
+SLEEPING = {"lr": 0.02, "root_interval": 5, "matrix_epsilon": 1e-3}
+
+
+@functools.cache
+def sleeping_alone(unused: bool) -> Trace:
+    return jobs.sleeping(None, SLEEPING, 120, 100, unused)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("unused", [False, True], ids=["zero", "none"])
 def test_a_parameter_without_gradient_for_100_steps(pools: Pools, stage: int, unused: bool) -> None:
     """It stays where it is, has no root, and is preconditioned soon after it takes part."""
-    settings = {"lr": 0.02, "root_interval": 5, "matrix_epsilon": 1e-3}
-    expected = jobs.sleeping(None, settings, 120, 100, unused)
-    config = engine_config(settings, stage, 2, size=8)
-    for trace in pools(2).run(jobs.sleeping, config, settings, 120, 100, unused):
+    expected = sleeping_alone(unused)
+    config = engine_config(SLEEPING, stage, 2, size=8)
+    for trace in pools(2).run(jobs.sleeping, config, SLEEPING, 120, 100, unused):
         assert trace.losses == pytest.approx(expected.losses, rel=FP32)
         assert trace.metrics["roots_rejected"] == 0
     assert expected.metrics["preconditioned_blocks"] == 2

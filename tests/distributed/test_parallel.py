@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,16 @@ def apart(found: dict[str, np.ndarray], expected: Trace) -> float:
     return float(difference / moved) ** 0.5
 
 
+@functools.cache
+def in_one_process(tied: bool) -> Trace:
+    return parallel_jobs.sequential(SHAMPOO, STEPS, tied)
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 def test_pipeline(pools: Pools, stage: int, tied: bool) -> None:
     config = engine_config(SHAMPOO, stage, 2, parallel_jobs.MICRO_BATCHES)
-    expected = parallel_jobs.sequential(SHAMPOO, STEPS, tied)
+    expected = in_one_process(tied)
     traces = pools(4).run(parallel_jobs.pipeline, config, STEPS, tied)
     assert {trace.extra["stage"] for trace in traces} == {0, 1}
     assert sum(t.metrics["preconditioned_blocks"] for t in traces) == expected.metrics["preconditioned_blocks"] > 0
@@ -67,10 +73,15 @@ def refused_pipeline(config: dict[str, Any]) -> str:
     return ""
 
 
+@pytest.fixture(scope="module")
+def experts_of_one_rank(pools: Pools) -> Trace:
+    return pools(1).run(parallel_jobs.experts, engine_config(SHAMPOO, 0, 1), STEPS, 1)[0]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_experts(pools: Pools, stage: int, world_size: int) -> None:
-    (expected,) = pools(1).run(parallel_jobs.experts, engine_config(SHAMPOO, 0, 1), STEPS, 1)
+def test_experts(pools: Pools, experts_of_one_rank: Trace, stage: int, world_size: int) -> None:
+    expected = experts_of_one_rank
     traces = pools(world_size).run(parallel_jobs.experts, engine_config(SHAMPOO, stage, world_size), STEPS, 2)
     for trace in traces:
         assert apart(trace.extra["end"], expected) <= FP32

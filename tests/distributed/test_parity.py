@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,15 @@ def check(traces: list[Trace], reference: Trace, tolerance: float) -> None:
     assert sum(t.metrics["root_fallbacks"] + t.metrics["roots_rejected"] for t in traces) == 0
 
 
+@functools.cache
+def alone_with(**changed: Any) -> Trace:
+    """The reference under other settings, computed once for all stages and numbers of ranks."""
+    return alone(STEPS, {**SHAMPOO, **changed})
+
+
 @pytest.fixture(scope="module")
 def reference() -> Trace:
-    return alone(STEPS, SHAMPOO)
+    return alone_with()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -89,14 +96,19 @@ def test_settings(pools: Pools, changed: dict[str, Any], world_size: int, stage:
     # Rounding to bf16 happens to every block, sent or not, but fp32 noise before it can tip a rounding over.
     tolerance = 1e-3 if "exchange_dtype" in changed else FP32
     traces = pools(world_size).run(jobs.job, engine_config(settings, stage, world_size), STEPS)
-    check(traces, alone(STEPS, settings), tolerance)
+    check(traces, alone_with(**changed), tolerance)
+
+
+@pytest.fixture(scope="module")
+def clipped_reference() -> Trace:
+    return alone(STEPS, SHAMPOO, clip=0.2, groups=jobs.decay_groups)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_accumulation_clipping_and_groups(pools: Pools, stage: int) -> None:
+def test_accumulation_clipping_and_groups(pools: Pools, clipped_reference: Trace, stage: int) -> None:
     config = engine_config(SHAMPOO, stage, 2, accumulation=4, gradient_clipping=0.2)
     traces = pools(2).run(jobs.job, config, STEPS, jobs.decay_groups)
-    check(traces, alone(STEPS, SHAMPOO, clip=0.2, groups=jobs.decay_groups), FP32)
+    check(traces, clipped_reference, FP32)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -213,8 +225,13 @@ def test_without_preconditioning_the_run_is_another(pools: Pools, reference: Tra
     assert distance(trace, reference) > 0.2
 
 
+@pytest.fixture(scope="module")
+def six_steps() -> Trace:
+    return alone(6, SHAMPOO)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_first_moments_lie_where_deepspeed_looks_for_them(pools: Pools, stage: int) -> None:
-    expected = alone(6, SHAMPOO).extra["exp_avg"]
+def test_first_moments_lie_where_deepspeed_looks_for_them(pools: Pools, six_steps: Trace, stage: int) -> None:
+    expected = six_steps.extra["exp_avg"]
     for found in pools(2).run(jobs.first_moments, engine_config(SHAMPOO, stage, 2), 6):
         assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ds_shampoo.config import parse
-from megatron_presets import PRESETS
+from megatron_presets import PRESETS, Preset
 
 pytest.importorskip("megatron.core")
 
@@ -27,17 +27,21 @@ def test_the_json_is_what_shampoo_takes(name: str) -> None:
     parse(config["optimizer"]["params"])
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_blocks_and_owners_on_64_ranks(name: str) -> None:
-    """In a process of its own, where 64 ranks are made believe."""
-    program = f"from tests.megatron_models.test_presets import look; look({name!r})"
+@pytest.fixture(scope="module")
+def on_64_ranks() -> dict[str, dict[str, float]]:
+    """What `owned` says of each preset, from a process of its own, where 64 ranks are made believe."""
+    program = "from tests.megatron_models.test_presets import look; look()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch")])}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    preset = PRESETS[name]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_blocks_and_owners_on_64_ranks(on_64_ranks: dict[str, dict[str, float]], name: str) -> None:
+    found, preset = on_64_ranks[name], PRESETS[name]
     width, slices = preset.hidden_size, preset.tensor_model_parallel_size
     assert found["ranks"] == WORLD // slices
     # Twelve squares of the width to a layer; every element of them that this slice has is in one block.
@@ -47,23 +51,29 @@ def test_blocks_and_owners_on_64_ranks(name: str) -> None:
     assert found["load"] <= max(1.05, found["bound"])
 
 
-def look(name: str) -> None:
-    """Prints what a data-parallel group of the preset's first slice owns."""
-    import torch
+def look() -> None:
+    """Prints what a data-parallel group of each preset's first slice owns."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from ds_shampoo.megatron import cpu, mpu
+    from ds_shampoo.megatron import cpu
 
     cpu.stand_in()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)  # type: ignore[no-untyped-call]
+    print(json.dumps({name: look_at(preset) for name, preset in PRESETS.items()}))
+
+
+def look_at(preset: Preset) -> dict[str, float]:
+    import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    preset = PRESETS[name]
+    from ds_shampoo.megatron import mpu
+
     size = preset.tensor_model_parallel_size
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=size, create_gloo_process_groups=False)
     config = TransformerConfig(
         num_layers=preset.num_layers,
@@ -82,7 +92,7 @@ def look(name: str) -> None:
             config, get_gpt_layer_local_spec(), 50304, preset.seq_length, position_embedding_type="learned_absolute"
         )
     settings = parse(json.loads((ROOT / preset.config).read_text())["optimizer"]["params"])
-    print(json.dumps(owned(model, settings, mpu.get_data_parallel_world_size(), mpu)))
+    return owned(model, settings, mpu.get_data_parallel_world_size(), mpu)
 
 
 def owned(model: Any, settings: Any, ranks: int, mpu: Any) -> dict[str, float]:

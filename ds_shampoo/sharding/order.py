@@ -1,0 +1,64 @@
+"""Blocks and names of all ranks in the order that they have in the undivided model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_shampoo.algorithm.blocks import Block
+
+# An expert's parameter, as deepspeed.moe and Megatron's SequentialMLP name it.
+EXPERT = re.compile(r"(?P<before>.*(?:deepspeed|local)_experts\.)(?P<number>\d+)(?P<after>\..*)")
+
+
+def model_order(names: Iterable[str]) -> list[str]:
+    """Distinct names in the order that they have in the undivided model.
+
+    Args:
+        names: those of all ranks, each rank's in the order of its part of the model; experts numbered over all ranks.
+    """
+    distinct = list(dict.fromkeys(names))
+    parts = {name: _parts(name) for name in distinct}
+    layers: dict[str, int] = {}
+    templates: dict[tuple[str, str], int] = {}
+    for place, (before, _, after) in enumerate(parts.values()):
+        layers.setdefault(before, place)
+        templates.setdefault((before, after), place)
+
+    def key(name: str) -> tuple[int, int, int]:
+        before, number, after = parts[name]
+        return layers[before], number, templates[before, after]
+
+    return sorted(distinct, key=key)
+
+
+def names_over_ranks(names: Sequence[str]) -> list[str]:
+    """The names of all ranks of the job, from this rank's in the order of its part of the model."""
+    return model_order(name for rank in _gathered(names) for name in rank)
+
+
+def union_over_ranks(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks of all ranks of the job, each once, from this rank's in the order of its part of the model."""
+    union = {str(block): block for rank in _gathered(blocks) for block in rank}
+    return by_name(union.values(), model_order(block.parameter for block in union.values()))
+
+
+def by_name(blocks: Iterable[Block], names: Sequence[str]) -> list[Block]:
+    """Blocks in the order of their parameters' names."""
+    order = {name: number for number, name in enumerate(names)}
+    return sorted(blocks, key=lambda block: (order[block.parameter], block.index))
+
+
+def _gathered(own: Sequence[Any]) -> list[Sequence[Any]]:
+    found: list[Sequence[Any]] = [()] * dist.get_world_size()
+    dist.all_gather_object(found, list(own))
+    return found
+
+
+def _parts(name: str) -> tuple[str, int, str]:
+    """The layer, the expert's number and the rest of an expert's name; any other name whole."""
+    found = EXPERT.match(name)
+    return (found["before"], int(found["number"]), found["after"]) if found else (name, 0, "")
