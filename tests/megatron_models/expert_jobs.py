@@ -10,62 +10,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.distributed.jobs import CONTEXT
-from tests.megatron_models.jobs import FEED_FORWARD, VOCABULARY, WIDTH, Run, engine_of, named, train
+from tests.megatron_models import groups, jobs
+from tests.megatron_models.jobs import Run, engine_of, named, train
 
 EXPERTS = 4
 
 
 def build(expert_parallel: int, tensor_parallel: int = 1, **more: Any) -> nn.Module:
     """A GPT of two layers with four experts each; `more` goes to Megatron's settings."""
-    from ds_shampoo.megatron import cpu
-
-    cpu.stand_in()
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel, expert_model_parallel_size=expert_parallel
-    )
-    model_parallel_cuda_manual_seed(0)
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=WIDTH,
-        num_attention_heads=4,
-        num_query_groups=2,
-        ffn_hidden_size=FEED_FORWARD,
-        moe_ffn_hidden_size=WIDTH,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=2,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="allgather",
-        moe_grouped_gemm=False,
-        expert_model_parallel_size=expert_parallel,
-        tensor_model_parallel_size=tensor_parallel,
+    model = jobs.build(
+        tensor_parallel,
+        experts=EXPERTS,
+        expert_parallel=expert_parallel,
         sequence_parallel=tensor_parallel > 1,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
         **more,
-    )
-    model = GPTModel(
-        config,
-        get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="LayerNorm"),
-        VOCABULARY,
-        CONTEXT,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="learned_absolute",
     )
     seed(model)
     return model
@@ -181,13 +139,10 @@ def registered(config: dict[str, Any], steps: int) -> Run:
 
 def mismatched() -> str:
     """The message for experts that are sliced otherwise than the rest."""
-    from megatron.core import parallel_state
-
     from ds_shampoo.megatron import register_experts
 
     model = build(1, 2)
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
+    groups.initialize(tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
     try:
         register_experts(model)
     except ValueError as error:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ds_shampoo
 from tests.distributed.jobs import CONTEXT, SHAMPOO, batch
+from tests.megatron_models import groups
 
 WIDTH, FEED_FORWARD, VOCABULARY = 32, 64, 256
 
@@ -42,8 +43,12 @@ def build(
     pipeline_parallel: int = 1,
     experts: int | None = None,
     expert_parallel: int = 1,
+    **more: Any,
 ) -> nn.Module:
-    """A GPT or BERT of two layers with two query groups, or this stage of it; the same weights at any such size."""
+    """A GPT or BERT of two layers with two query groups, or this stage of it; the same weights at any such size.
+
+    `more` goes to Megatron's settings.
+    """
     from ds_shampoo.megatron import cpu
 
     cpu.stand_in()
@@ -55,9 +60,7 @@ def build(
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
+    groups.initialize(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
         expert_model_parallel_size=expert_parallel,
@@ -77,6 +80,7 @@ def build(
         num_moe_experts=experts,
         add_bias_linear=experts is None,
         moe_token_dispatcher_type="allgather",
+        moe_router_load_balancing_type="none",
         moe_ffn_hidden_size=FEED_FORWARD if experts else None,
         sequence_parallel=sequence_parallel,
         gated_linear_unit=gated,
@@ -87,6 +91,7 @@ def build(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
+        **more,
     )
     if kind == "bert":
         return BertModel(

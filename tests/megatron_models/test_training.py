@@ -94,18 +94,27 @@ def test_half_precision(pools: Pools) -> None:
         assert other.losses == pytest.approx(runs[0].losses, rel=FP32)
 
 
+SHARDED = {"distributed": True}
+PIPELINE = {"pipeline_parallel": 2, "by_name": True}
+EXPERTS = {"experts": 4, "expert_parallel": 2, "by_name": True}
+
+
 @pytest.mark.parametrize(
-    "how",
+    ("how", "others"),
     [
-        {},
-        {"distributed": True},
-        {"distributed": True, "sharding": "dp_reshardable"},
-        {"distributed": True, "bf16": True},
-        {"layer_wise": True, "bf16": True},
+        ({}, [(1, {}), (4, {"tensor_parallel": 2})]),
+        (SHARDED, [(1, SHARDED), (4, {**SHARDED, "tensor_parallel": 2})]),
+        ({**SHARDED, **PIPELINE}, [(1, {**SHARDED, "by_name": True})]),
+        ({**SHARDED, **EXPERTS}, [(4, {**SHARDED, **EXPERTS})]),
+        ({**SHARDED, "sharding": "dp_reshardable"}, []),
+        ({**SHARDED, "bf16": True}, []),
+        ({"layer_wise": True, "bf16": True}, []),
     ],
-    ids=["dp", "distributed", "distributed-buckets", "distributed-bf16", "layer-wise-bf16"],
+    ids=["dp", "distributed", "pipeline", "experts", "distributed-buckets", "distributed-bf16", "layer-wise-bf16"],
 )
-def test_it_resumes_bit_for_bit(pools: Pools, tmp_path: Path, how: dict[str, Any]) -> None:
+def test_it_resumes_bit_for_bit(
+    pools: Pools, tmp_path: Path, how: dict[str, Any], others: list[tuple[int, dict[str, Any]]]
+) -> None:
     """Saved with jobs under way; a replicated or fully reshardable one is taken up by other ranks too."""
     saved = {"folder": str(tmp_path), "save_at": 4}
     straight = pools(2).run(training.job, 10, **saved, **how)
@@ -113,11 +122,10 @@ def test_it_resumes_bit_for_bit(pools: Pools, tmp_path: Path, how: dict[str, Any
     for before, after in zip(straight, resumed, strict=True):
         assert before.losses[4:] == after.losses
         assert all(np.array_equal(before.end[name], value) for name, value in after.end.items())
-    if "bf16" not in how and "sharding" not in how:
-        for ranks, tensor_parallel in ((1, 1), (4, 2)):
-            moved = pools(ranks).run(training.job, 10, tensor_parallel, **saved, **how, resume=True)
-            assert moved[0].losses == pytest.approx(straight[0].losses[4:], rel=FP32)
-            assert {n for r in moved for n in r.preconditioned} == {n for r in straight for n in r.preconditioned}
+    for ranks, other in others:
+        moved = pools(ranks).run(training.job, 10, **saved, **other, resume=True)
+        assert moved[0].losses == pytest.approx(straight[0].losses[4:], rel=FP32)
+        assert {n for r in moved for n in r.preconditioned} == {n for r in straight for n in r.preconditioned}
 
 
 def refusal(settings: dict[str, Any] | None = None, tensor_parallel: int = 1, **how: Any) -> str:
