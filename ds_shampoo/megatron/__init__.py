@@ -8,5 +8,6 @@ except ImportError as error:
 from ds_shampoo.megatron import mpu
 from ds_shampoo.megatron.experts import register_experts
 from ds_shampoo.megatron.optimizer import get_megatron_shampoo_optimizer
+from ds_shampoo.megatron.registry import register_emerging_optimizer
 
-__all__ = ["get_megatron_shampoo_optimizer", "mpu", "register_experts"]
+__all__ = ["get_megatron_shampoo_optimizer", "mpu", "register_emerging_optimizer", "register_experts"]

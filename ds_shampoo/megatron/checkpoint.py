@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from ds_shampoo.megatron.layout import MegatronLayout
 from ds_shampoo.optimizer import Shampoo
 from ds_shampoo.saving import blocks_state, load_blocks
 
-_KEY = "shampoo"
+KEY = "shampoo"
 # Lists of tensors whose number and shapes a block's own shape tells; the rest of its state is one object.
 _TENSORS = ("factors", "roots")
 
@@ -46,9 +46,9 @@ class WithBlocks(_Base):  # type: ignore[misc]
     ) -> dict[Any, Any]:
         """Megatron's, and under "shampoo" every block with its factors and roots, saved once, by its owner."""
         whole = super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
-        self._count(self._steps())  # to prepare for loading, Megatron's distributed optimizer loads what it has
-        blocks = {name: block for shampoo in self.inner() for name, block in _sharded(shampoo).items()}
-        return {**whole, _KEY: {"step": self._steps(), "blocks": blocks}}
+        inner = list(self.inner())
+        _count(inner, _steps(inner))  # to prepare for loading, Megatron's distributed optimizer loads what it has
+        return {**whole, KEY: sharded_blocks(inner)}
 
     def state_dict(self) -> Any:
         """Megatron's for a job whose parameters no other rank shares, and the blocks.
@@ -56,11 +56,11 @@ class WithBlocks(_Base):  # type: ignore[misc]
         Raises:
             SettingsError: where they do: of such a state Megatron writes one rank's, and a rank has its blocks only.
         """
-        if any(dist.get_world_size(_layout(shampoo).replicas) > 1 for shampoo in self.inner()):
+        inner = list(self.inner())
+        if any(dist.get_world_size(_layout(shampoo).replicas) > 1 for shampoo in inner):
             raise SettingsError("ckpt_format = 'torch': Shampoo's blocks need a distributed one, 'torch_dist'")
-        blocks = {name: block for shampoo in self.inner() for name, block in _states(shampoo).items()}
-        own = super().state_dict()
-        return {"optimizers": own, _KEY: {"step": self._steps(), "blocks": blocks}}
+        blocks = {name: block for shampoo in inner for name, block in _states(shampoo).items()}
+        return {"optimizers": super().state_dict(), KEY: {"step": _steps(inner), "blocks": blocks}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Any) -> None:
@@ -69,24 +69,49 @@ class WithBlocks(_Base):  # type: ignore[misc]
         Raises:
             SettingsError: if it is not a state of Shampoo, or lacks a block of this rank.
         """
-        if not isinstance(state_dict, Mapping) or _KEY not in state_dict:
-            raise SettingsError("this is not a state of Shampoo: it has no 'shampoo'")
-        own = {key: value for key, value in state_dict.items() if key != _KEY}
+        own, saved = apart(state_dict)
         super().load_state_dict(own.get("optimizers", own))
-        saved = state_dict[_KEY]
-        self._count(saved["step"])
-        blocks = {name: _joined(state) for name, state in saved["blocks"].items()}
-        for shampoo in self.inner():
-            load_blocks(blocks, shampoo.units())
+        load_sharded_blocks(list(self.inner()), saved)
 
-    def _count(self, steps: int) -> None:
-        for unit in (unit for shampoo in self.inner() for unit in shampoo.units()):
-            unit.sharded.last_step = steps
-            for state in unit.states:
-                state["step"] = torch.tensor(float(steps))
 
-    def _steps(self) -> int:
-        return max((unit.sharded.last_step for shampoo in self.inner() for unit in shampoo.units()), default=0)
+def sharded_blocks(optimizers: Sequence[Shampoo]) -> dict[str, Any]:
+    """The optimizers' steps, and their blocks of this rank as dist_checkpointing takes them."""
+    blocks = {name: block for shampoo in optimizers for name, block in _sharded(shampoo).items()}
+    return {"step": _steps(optimizers), "blocks": blocks}
+
+
+def load_sharded_blocks(optimizers: Sequence[Shampoo], saved: Mapping[str, Any]) -> None:
+    """Takes back what `sharded_blocks` gave and dist_checkpointing loaded, after the optimizers' own states.
+
+    Raises:
+        SettingsError: if a block of this rank is missing.
+    """
+    _count(optimizers, saved["step"])
+    blocks = {name: _joined(state) for name, state in saved["blocks"].items()}
+    for shampoo in optimizers:
+        load_blocks(blocks, shampoo.units())
+
+
+def apart(state_dict: Any) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """A state without what stands under "shampoo", and that.
+
+    Raises:
+        SettingsError: if there is nothing.
+    """
+    if not isinstance(state_dict, Mapping) or KEY not in state_dict:
+        raise SettingsError("this is not a state of Shampoo: it has no 'shampoo'")
+    return {key: value for key, value in state_dict.items() if key != KEY}, state_dict[KEY]
+
+
+def _count(optimizers: Sequence[Shampoo], steps: int) -> None:
+    for unit in (unit for shampoo in optimizers for unit in shampoo.units()):
+        unit.sharded.last_step = steps
+        for state in unit.states:
+            state["step"] = torch.tensor(float(steps))
+
+
+def _steps(optimizers: Sequence[Shampoo]) -> int:
+    return max((unit.sharded.last_step for shampoo in optimizers for unit in shampoo.units()), default=0)
 
 
 def _sharded(shampoo: Shampoo) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def stand_in() -> None:
 
     replaced: list[tuple[Any, dict[str, Callable[..., Any]]]] = [
         (torch.cuda, {"current_device": lambda: _CPU, "manual_seed": torch.manual_seed, "synchronize": lambda: None}),
+        (torch.cuda, {"current_stream": lambda device=None: torch.cpu.current_stream()}),  # 0.19 asks for it
         (torch.cuda, {"get_rng_state": _get_rng_state, "set_rng_state": _set_rng_state}),
         (random, {"_get_cuda_rng_state": _get_rng_state, "_set_cuda_rng_state": _set_rng_state}),
     ]

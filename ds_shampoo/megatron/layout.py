@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,11 +61,11 @@ class MegatronLayout:
     def __init__(
         self,
         places: Mapping[int, Place],
-        runs: Mapping[int, Run],
+        runs: Callable[[], Mapping[int, Run]],
         replicas: dist.ProcessGroup,
         slices: dist.ProcessGroup,
     ) -> None:
-        """`places` are every parameter's, by id, and `runs` those of `runs_of`."""
+        """`places` are every parameter's, by id, and `runs` gives what `runs_of` does, once Megatron has laid out."""
         self._places, self._runs = places, runs
         self.replicas, self.slices = replicas, slices
 
@@ -99,8 +99,9 @@ class MegatronLayout:
         names = {id(member.tensor): member.name for member in members}
         rank, world_size = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
         own: list[Fragment] = []
+        runs = self._runs()
         for buffer, tensor in enumerate(held):
-            parameter, start = self._runs[id(tensor)]
+            parameter, start = runs[id(tensor)]
             name = names[id(parameter)]
             present = parameter.detach().view(-1)[start : start + tensor.numel()]
             if not torch.equal(tensor.detach().view(-1).to(parameter.dtype), present):

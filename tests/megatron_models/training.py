@@ -42,17 +42,21 @@ def prepared(
     bf16: bool = False,
     clip: float = 0.0,
     by_name: bool = False,
+    registered: bool = False,
     **shape: Any,
 ) -> tuple[nn.Module, Any]:
-    """A model and its optimizer; `shape` as of `build`, `by_name` gives stages and experts the same weights."""
+    """A model and its optimizer; `shape` as of `build`, `by_name` gives stages and experts the same weights.
+
+    `registered` is for Megatron's registry, which is there for a package of optimizers that is not looked at here.
+    """
     settings = {**SETTINGS, **(settings or {})}
     model = build(tensor_parallel, **shape)
     if by_name:
         initialize_by_name(model)
     chunk = wrapped(model, distributed, bf16)
-    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    from ds_shampoo.megatron import get_megatron_shampoo_optimizer
+    from ds_shampoo.megatron import get_megatron_shampoo_optimizer, register_emerging_optimizer
 
     config = OptimizerConfig(
         lr=settings["lr"],
@@ -64,6 +68,11 @@ def prepared(
         use_distributed_optimizer=distributed,
     )
     shampoo = {key: value for key, value in settings.items() if key not in _MEGATRONS}
+    if registered:
+        assert register_emerging_optimizer(**shampoo)
+        config.optimizer, config.use_layer_wise_distributed_optimizer = "shampoo", layer_wise
+        with mock.patch("megatron.core.optimizer.HAVE_EMERGING_OPTIMIZERS", True):
+            return chunk, get_megatron_optimizer(config, [chunk], {})
     optimizer = get_megatron_shampoo_optimizer(
         config, [chunk], config_overrides={}, layer_wise_distributed_optimizer=layer_wise, **shampoo
     )
@@ -106,10 +115,12 @@ def job(
         for _, p in chunk.named_parameters()
         if (place := places([chunk])[id(p)])
     }
-    slots = [slot for shampoo in optimizer.inner() for unit in shampoo.units() for slot in unit.sharded.slots()]
+    inner = [wrapper.optimizer for wrapper in optimizer.chained_optimizers if not wrapper.is_stub_optimizer]
+    slots = [slot for shampoo in inner for unit in shampoo.units() for slot in unit.sharded.slots()]
     ready = [str(block) for block, stack, _, slot in slots if stack.ready[slot]]
     rank = parallel_state.get_tensor_model_parallel_rank()
-    return Run(losses, end, ready, optimizer.metrics(), norms, rates, rank)
+    metrics = optimizer.metrics() if hasattr(optimizer, "metrics") else inner[0].metrics()
+    return Run(losses, end, ready, metrics, norms, rates, rank)
 
 
 def initialize_by_name(model: nn.Module) -> None:
@@ -149,13 +160,13 @@ def undistributed() -> tuple[bool, str, str]:
     norms: list[float] = []
     for step in range(3):
         train_step(chunk, optimizer, step, norms)
-    weights = copy.deepcopy(inner(chunk).state_dict())
+    weights = copy.deepcopy(unwrapped(chunk).state_dict())
     try:
         state, error = copy.deepcopy(optimizer.state_dict()), ""
     except ValueError as refusal:
         return False, str(refusal), ""
     first = [train_step(chunk, optimizer, step, norms) for step in range(3, 6)]
-    inner(chunk).load_state_dict(weights)
+    unwrapped(chunk).load_state_dict(weights)
     optimizer.load_state_dict(state)
     second = [train_step(chunk, optimizer, step, norms) for step in range(3, 6)]
     try:
@@ -226,7 +237,7 @@ def forward_step(data: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Any]
 def save(folder: str, chunk: nn.Module, optimizer: Any, sharding: str) -> None:
     from megatron.core import dist_checkpointing
 
-    model = inner(chunk).sharded_state_dict()
+    model = unwrapped(chunk).sharded_state_dict()
     metadata = {"distrib_optim_sharding_type": sharding}
     whole = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=metadata)}
     # Its writers are processes of their own, which the daemons that workers are may not have.
@@ -237,15 +248,15 @@ def save(folder: str, chunk: nn.Module, optimizer: Any, sharding: str) -> None:
 def load(folder: str, chunk: nn.Module, optimizer: Any, sharding: str) -> None:
     from megatron.core import dist_checkpointing
 
-    model = inner(chunk).sharded_state_dict()
+    model = unwrapped(chunk).sharded_state_dict()
     metadata = {"distrib_optim_sharding_type": sharding}
     wanted = {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)}
     found = dist_checkpointing.load(wanted, folder)
-    inner(chunk).load_state_dict(found["model"])
+    unwrapped(chunk).load_state_dict(found["model"])
     optimizer.load_state_dict(found["optimizer"])
 
 
-def inner(chunk: nn.Module) -> nn.Module:
+def unwrapped(chunk: nn.Module) -> nn.Module:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
