@@ -66,11 +66,13 @@ def get_megatron_shampoo_optimizer(
     with _as_adam(config, layer_wise_distributed_optimizer):
         chained = get_megatron_optimizer(config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection)
     wrappers: list[MegatronOptimizer] = list(chained.chained_optimizers)
-    whole = (
-        ShampooLayerWiseOptimizer(wrappers, config, groups, [prepare] * len(wrappers))
-        if layer_wise_distributed_optimizer
-        else ShampooChainedOptimizer(wrappers)
-    )
+    whole: ShampooChainedOptimizer | ShampooLayerWiseOptimizer
+    if layer_wise_distributed_optimizer:
+        # In bf16 it wraps up what it gets itself, in fp32 it does not.
+        parts = [wrapper.optimizer for wrapper in wrappers] if config.bf16 else wrappers
+        whole = ShampooLayerWiseOptimizer(parts, config, groups, [prepare] * len(parts))
+    else:
+        whole = ShampooChainedOptimizer(wrappers)
     found = places(model_chunks)
     for wrapper in whole.chained_optimizers:
         if not wrapper.is_stub_optimizer:
