@@ -105,6 +105,7 @@ class GPTPipeline(PipelineModule):  # type: ignore[misc]
         self.sequence_parallel = bool(config.sequence_parallel)
         self.seed_layers = False  # or every forward pass would begin with a new seed
         self._ranks = Ranks(self._grid)
+        self._count_once()
 
     def mpu(self) -> Ranks:
         return self._ranks
@@ -131,6 +132,19 @@ class GPTPipeline(PipelineModule):  # type: ignore[misc]
         for key in ("pipe_partitioned", "grad_partitioned"):
             if section.setdefault(key, False):
                 raise SettingsError(f"pipeline.{key} = true: not with sequence parallelism of Megatron; leave it out")
+
+
+    def _count_once(self) -> None:
+        """Has DeepSpeed count every parameter once in the norm that it clips by.
+
+        At stage 0 it takes what is marked as model-parallel, and of the rest what the first rank of all stages holds.
+        """
+        first_slice = self._grid.get_slice_parallel_rank() == 0
+        for parameter in self.parameters():
+            if parameter.ds_pipe_replicated:  # another stage's copy of tied weights counts
+                parameter.tensor_model_parallel = False
+            elif first_slice:
+                parameter.model_parallel = True
 
 
 class Ranks:

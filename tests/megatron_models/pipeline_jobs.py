@@ -103,7 +103,7 @@ def initialize_by_name(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if parameter.dim() < 2:
             continue
-        dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+        dim = getattr(parameter, "partition_dim", None)
         shape = [size * ranks if at == dim else size for at, size in enumerate(parameter.shape)]
         matrix = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         with torch.no_grad():
