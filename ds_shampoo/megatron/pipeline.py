@@ -133,7 +133,6 @@ class GPTPipeline(PipelineModule):  # type: ignore[misc]
             if section.setdefault(key, False):
                 raise SettingsError(f"pipeline.{key} = true: not with sequence parallelism of Megatron; leave it out")
 
-
     def _count_once(self) -> None:
         """Has DeepSpeed count every parameter once in the norm that it clips by.
 

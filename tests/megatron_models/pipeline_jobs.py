@@ -6,12 +6,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import ds_shampoo
 from tests.distributed.jobs import CONTEXT, batch
+from tests.megatron_models import groups
 from tests.megatron_models.jobs import Run, build, engine_of, named, train
 
 MICRO_BATCHES = 2
@@ -60,6 +62,26 @@ def pipeline(
         return Run(losses, start, whole(model), engine.basic_optimizer.metrics(), in_force(engine), rank, 0)
 
 
+def refusal(
+    config: dict[str, Any], tensor_parallel: int = 1, direct: bool = False, folder: str = "", **shape: Any
+) -> str:
+    """What a pipeline is refused with, at start or with a folder in loading; `direct` calls deepspeed.initialize."""
+    import deepspeed
+
+    try:
+        model = build(tensor_parallel, "pipeline", **{"pipeline_parallel": 2, **shape})
+        if direct:
+            config = {**config, "zero_allow_untested_optimizer": True}
+            with mock.patch.object(ds_shampoo, "initialize", deepspeed.initialize):
+                pipeline_engine(model, config).__enter__()
+        with pipeline_engine(model, config) as engine:
+            if folder:
+                engine.load_checkpoint(folder)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 @contextmanager
 def pipeline_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[Any]:
     import deepspeed
@@ -70,6 +92,7 @@ def pipeline_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[Any]:
         engine.destroy()
     finally:
         deepspeed.utils.groups.mpu = None  # DeepSpeed would hand the pipeline's ranks on to the next engine
+        groups.end(model)
 
 
 def micro_batches(engine: Any, step: int) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:

@@ -20,7 +20,7 @@ from tests.megatron_models.pipeline_jobs import MICRO_BATCHES
 
 Pools = Callable[[int], WorkerPool]
 STEPS = 20
-CLIP = 0.5  # below every norm of these gradients
+CLIP = 0.5  # as it does from the first step on
 
 # Biases of keys have no gradient but rounding, which Adam would blow up to whole steps.
 EPS = {"eps": 1e-6}
@@ -73,3 +73,56 @@ def test_one_trajectory(
     config = config_of(ranks // tensor_parallel // 2, stage)
     runs = pools(ranks).run(pipeline_jobs.pipeline, config, STEPS, tensor_parallel, tied=tied, **how)
     check(runs, reference(pools, tied=tied))
+
+
+def test_rotary_positions_recomputed_activations_and_evaluation(pools: Pools) -> None:
+    config = {**config_of(1, 1), "pipeline": {"activation_checkpoint_interval": 1}}
+    runs = pools(2).run(pipeline_jobs.pipeline, config, STEPS, positions="rope", gated=True, evaluate=True)
+    evaluated = [r.losses.pop() for r in runs]
+    check(runs, reference(pools, positions="rope", gated=True))
+    assert evaluated[0] == evaluated[1] < runs[0].losses[0]
+
+
+@pytest.mark.parametrize(("tensor_parallel", "stage", "tied"), [(1, 1, True), (2, 0, False)], ids=["dp", "tp"])
+def test_it_resumes_bit_for_bit(pools: Pools, tmp_path: Path, tensor_parallel: int, stage: int, tied: bool) -> None:
+    """Saved with jobs under way."""
+    arguments = (config_of(2 // tensor_parallel, stage), 14, tensor_parallel, 2, str(tmp_path), 7)
+    straight = pools(4).run(pipeline_jobs.pipeline, *arguments, tied=tied)
+    resumed = pools(4).run(pipeline_jobs.pipeline, *arguments, resume=True, tied=tied)
+    for before, after in zip(straight, resumed, strict=True):
+        assert before.losses[7:] == after.losses
+        assert all(np.array_equal(before.end[name], value) for name, value in after.end.items())
+
+
+def test_another_number_of_stages_is_refused(pools: Pools, tmp_path: Path) -> None:
+    pools(2).run(pipeline_jobs.pipeline, config_of(1, 0), 2, folder=str(tmp_path), save_at=1)
+    for found in pools(2).run(pipeline_jobs.refusal, config_of(2, 0), folder=str(tmp_path), pipeline_parallel=1):
+        assert "saved over 2 pipeline stages, to be loaded over 1" in found
+
+
+def test_bf16_trains(pools: Pools) -> None:
+    runs = pools(4).run(pipeline_jobs.pipeline, config_of(1, 1, "bf16"), 8, 2, tied=True)
+    assert runs[0].losses[-1] < runs[0].losses[0]
+    assert sum(r.metrics["roots_rejected"] for r in runs) == 0
+
+
+SEQUENCE = {"tensor_parallel": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "config", "shape", "message"),
+    [
+        (2, config_of(1, 2), {}, "zero_optimization.stage = 2 or 3 with pipeline parallelism"),
+        (2, config_of(1, 1), {"num_layers": 3}, "num_layers = 3: must be divisible by the 2 pipeline stages"),
+        (2, config_of(1, 1), {"positions": "yarn"}, "position_embedding_type = 'yarn': must be one of"),
+        (2, config_of(1, 1), {"experts": 4}, "num_moe_experts: experts are not supported"),
+        (2, config_of(1, 1, embedding="blocked"), {"tied": True}, "'embedding' = 'blocked': a pipeline with tied"),
+        (4, config_of(2, 1), {"order": "tp-cp-ep-pp-dp"}, "rank 0 is in Megatron's pipe-parallel group [0, 1], and"),
+        (4, config_of(1, 1), {"direct": True, **SEQUENCE}, "pipeline.pipe_partitioned or grad_partitioned = true"),
+        (4, {**config_of(1, 1), "pipeline": {"pipe_partitioned": True}}, SEQUENCE, "pipeline.pipe_partitioned = true"),
+    ],
+    ids=["stage", "layers", "positions", "experts", "tied", "order", "partitioned", "partitioned-by-the-user"],
+)
+def test_refusals(pools: Pools, ranks: int, config: dict[str, Any], shape: dict[str, Any], message: str) -> None:
+    for found in pools(ranks).run(pipeline_jobs.refusal, config, **shape):
+        assert message in found
