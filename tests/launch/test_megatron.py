@@ -68,7 +68,8 @@ def train(
     sequence = ["--sequence-parallel"] if kind == "gpt" and slices > 1 else []
     done = launch(
         kind, ranks, "--deepspeed_config", str(config), "--data-path", str(prefix), "--tensor-model-parallel-size",
-        str(slices), "--pipeline-model-parallel-size", str(stages), "--train-iters", str(steps), "--save", str(save), *SIZE, *shape, *sequence,
+        str(slices), "--pipeline-model-parallel-size", str(stages), "--train-iters", str(steps), "--save", str(save),
+        *SIZE, *shape, *sequence,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "validation loss" in done.stdout
