@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ds_shampoo.deepspeed.universal import to_universal
 from tests.distributed.jobs import engine_config
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_parity import FP32
@@ -85,13 +86,20 @@ def test_rotary_positions_recomputed_activations_and_evaluation(pools: Pools) ->
 
 @pytest.mark.parametrize(("tensor_parallel", "stage", "tied"), [(1, 1, True), (2, 0, False)], ids=["dp", "tp"])
 def test_it_resumes_bit_for_bit(pools: Pools, tmp_path: Path, tensor_parallel: int, stage: int, tied: bool) -> None:
-    """Saved with jobs under way."""
-    arguments = (config_of(2 // tensor_parallel, stage), 14, tensor_parallel, 2, str(tmp_path), 7)
-    straight = pools(4).run(pipeline_jobs.pipeline, *arguments, tied=tied)
-    resumed = pools(4).run(pipeline_jobs.pipeline, *arguments, resume=True, tied=tied)
+    """Saved with jobs under way; in the universal form, one process takes it up as one stage."""
+    saved = {"folder": str(tmp_path), "save_at": 7, "tied": tied}
+    arguments = (config_of(2 // tensor_parallel, stage), 14, tensor_parallel)
+    straight = pools(4).run(pipeline_jobs.pipeline, *arguments, **saved)
+    resumed = pools(4).run(pipeline_jobs.pipeline, *arguments, **saved, resume=True)
     for before, after in zip(straight, resumed, strict=True):
         assert before.losses[7:] == after.losses
         assert all(np.array_equal(before.end[name], value) for name, value in after.end.items())
+    if stage == 1:
+        to_universal(tmp_path)
+        config = {**config_of(1, stage), "checkpoint": {"load_universal": True}}
+        (alone,) = pools(1).run(pipeline_jobs.pipeline, config, 14, 1, 1, **saved, resume=True)
+        assert alone.losses == pytest.approx(straight[0].losses[7:], rel=FP32)
+        assert set(alone.preconditioned) == {name for r in straight for name in r.preconditioned}
 
 
 def test_another_number_of_stages_is_refused(pools: Pools, tmp_path: Path) -> None:
