@@ -47,8 +47,8 @@ def check_world(engine: Any, reader: BlockReader) -> None:
     stages = reader.header["pipeline_stages"]
     if stages != _stages(engine):
         raise CheckpointError(
-            f"{reader.folder}: saved over {stages} pipeline stages, to be loaded over {_stages(engine)}; if that was at "
-            f"ZeRO stage 1, {advice}"
+            f"{reader.folder}: saved over {stages} pipeline stages, to be loaded over {_stages(engine)}; if that was "
+            f"at ZeRO stage 1, {advice}"
         )
     experts, expected = reader.header["expert_groups"], _expert_groups(engine)
     if experts != expected:
