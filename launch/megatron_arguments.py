@@ -23,6 +23,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parallel = parser.add_argument_group("parallelism")
     parallel.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parallel.add_argument("--sequence-parallel", action="store_true")
+    parallel.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="ZeRO stage 0 or 1 above 1")
     data = parser.add_argument_group("data")
     data.add_argument("--data-path", type=Path, required=True, help="prefix that prepare_data.py was given")
     data.add_argument("--tokenizer-model", type=Path, help="default: <data-path>.json")
@@ -43,6 +44,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     for number, divisor in (
         ("hidden_size", "num_attention_heads"),
         ("num_attention_heads", "tensor_model_parallel_size"),
+        ("num_layers", "pipeline_model_parallel_size"),
         ("seq_length", "tensor_model_parallel_size" if arguments.sequence_parallel else None),
     ):
         if divisor and getattr(arguments, number) % getattr(arguments, divisor):

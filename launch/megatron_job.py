@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,19 @@ _VOCABULARY_UNIT = 128
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """How a kind of model runs over pipeline stages.
+
+    Attributes:
+        model: builds this rank's stage from what `Task.model` is given.
+        stage_inputs: what the first stage takes of a batch, and what the last one takes the loss with.
+    """
+
+    model: Callable[[argparse.Namespace, TransformerConfig, int], nn.Module]
+    stage_inputs: Callable[[Batch], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+
+
+@dataclass(frozen=True)
 class Task:
     """What distinguishes one kind of model from another.
 
@@ -45,6 +58,7 @@ class Task:
         dataset_config: its settings, from those that all datasets share.
         model: builds the model from the command line, Megatron's settings and the padded size of the vocabulary.
         losses: the engine's losses on a batch, and the weight of each.
+        pipeline: how it runs over pipeline stages; None where it does not.
     """
 
     name: str
@@ -52,6 +66,7 @@ class Task:
     dataset_config: Callable[[argparse.Namespace, dict[str, Any]], Any]
     model: Callable[[argparse.Namespace, TransformerConfig, int], nn.Module]
     losses: Callable[[Any, Batch], tuple[Tensor, Tensor]]
+    pipeline: Pipeline | None = None
 
 
 def main(task: Task, description: str) -> None:
@@ -66,24 +81,31 @@ def main(task: Task, description: str) -> None:
         sys.exit(f"{task.name}: error: {error}")
     if arguments.save and (arguments.save / "latest").exists():
         engine.load_checkpoint(str(arguments.save))
-    Loop(task, arguments, engine, train, validation).run()
+    loop = PipelineLoop if arguments.pipeline_model_parallel_size > 1 else Loop
+    loop(task, arguments, engine, train, validation).run()
 
 
 def build(task: Task, arguments: argparse.Namespace) -> tuple[Any, MegatronTokenizer]:
     """The engine around a new model, and the tokenizer that its vocabulary is of."""
-    if dist.get_world_size() % arguments.tensor_model_parallel_size:
-        raise ValueError(
-            f"--tensor-model-parallel-size {arguments.tensor_model_parallel_size} must divide the "
-            f"{dist.get_world_size()} ranks"
-        )
+    slices, stages = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+    if stages > 1 and task.pipeline is None:
+        raise ValueError(f"--pipeline-model-parallel-size {stages}: {task.name} runs in one stage only")
+    if dist.get_world_size() % (slices * stages):
+        times = f" times --pipeline-model-parallel-size {stages}" if stages > 1 else ""
+        raise ValueError(f"--tensor-model-parallel-size {slices}{times} must divide the {dist.get_world_size()} ranks")
     tokenizer = MegatronTokenizer(arguments.tokenizer_model)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=arguments.tensor_model_parallel_size)
+    parallel_state.initialize_model_parallel(slices, stages)
     torch.manual_seed(arguments.seed)
     model_parallel_cuda_manual_seed(arguments.seed)
-    unit = math.lcm(_VOCABULARY_UNIT, arguments.tensor_model_parallel_size)
-    model = task.model(arguments, settings_of(arguments), math.ceil(tokenizer.vocab_size / unit) * unit)
+    unit = math.lcm(_VOCABULARY_UNIT, slices)
+    vocabulary = math.ceil(tokenizer.vocab_size / unit) * unit
+    staged = task.pipeline if stages > 1 else None
+    model = (staged or task).model(arguments, settings_of(arguments), vocabulary)
     engine, *_ = ds_shampoo.initialize(
-        model=model, model_parameters=model.parameters(), config=str(arguments.deepspeed_config), mpu=mpu
+        model=model,
+        model_parameters=model.parameters(),
+        config=str(arguments.deepspeed_config),
+        mpu=None if staged else mpu,  # a pipeline brings its own
     )
     return engine, tokenizer
 
@@ -209,3 +231,20 @@ class Loop:
             key: torch.stack([torch.as_tensor(sample[key]) for sample in chosen]).to(self.engine.device)
             for key in chosen[0]
         }
+
+
+class PipelineLoop(Loop):
+    """The same over pipeline stages: the engine has the micro-batches of a step go through them."""
+
+    def _step(self, step: int) -> float:
+        parts = self.engine.gradient_accumulation_steps()
+        return float(self.engine.train_batch(self._inputs(self.train, step * parts, parts)))
+
+    def _evaluate(self) -> float:
+        parts = self.arguments.eval_iters
+        return float(self.engine.eval_batch(self._inputs(self.validation, 0, parts), num_micro_batches=parts))
+
+    def _inputs(self, samples: Sequence[Any], first: int, count: int) -> Iterator[Any]:
+        assert self.task.pipeline is not None
+        for number in range(first, first + count):
+            yield self.task.pipeline.stage_inputs(self._batch(samples, number))

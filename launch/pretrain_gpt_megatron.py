@@ -1,4 +1,4 @@
-"""Pretrains Megatron-core's GPT with the optimizer that a DeepSpeed JSON names, tensor parallelism included.
+"""Pretrains Megatron-core's GPT with the optimizer that a DeepSpeed JSON names, over tensor and pipeline ranks.
 
     python launch/prepare_data.py --output-prefix data/gutenberg_gpt
     deepspeed --num_gpus 4 launch/pretrain_gpt_megatron.py --deepspeed \\
@@ -17,7 +17,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_job import Batch, Task, main
+from ds_shampoo.megatron.pipeline import GPTPipeline
+from megatron_job import Batch, Pipeline, Task, main
 
 
 def build_model(arguments: argparse.Namespace, config: TransformerConfig, vocabulary: int) -> nn.Module:
@@ -29,6 +30,21 @@ def build_model(arguments: argparse.Namespace, config: TransformerConfig, vocabu
         position_embedding_type="learned_absolute",
         share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
     )
+
+
+def build_pipeline(arguments: argparse.Namespace, config: TransformerConfig, vocabulary: int) -> GPTPipeline:
+    return GPTPipeline(
+        config,
+        get_gpt_layer_local_spec(normalization=arguments.normalization),
+        vocabulary,
+        arguments.seq_length,
+        share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
+        seed=arguments.seed,
+    )
+
+
+def stage_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return (batch["tokens"], batch["position_ids"]), (batch["labels"], batch["loss_mask"])
 
 
 def dataset_config(arguments: argparse.Namespace, common: dict[str, Any]) -> GPTDatasetConfig:
@@ -43,4 +59,14 @@ def losses(engine: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    main(Task("pretrain_gpt_megatron", GPTDataset, dataset_config, build_model, losses), __doc__.splitlines()[0])
+    main(
+        Task(
+            "pretrain_gpt_megatron",
+            GPTDataset,
+            dataset_config,
+            build_model,
+            losses,
+            Pipeline(build_pipeline, stage_inputs),
+        ),
+        __doc__.splitlines()[0],
+    )

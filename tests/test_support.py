@@ -31,7 +31,8 @@ def test_older_releases(monkeypatch: pytest.MonkeyPatch, release: str, engine: S
 @pytest.mark.parametrize("release", ["0.19.0", "0.20.1", "1.0.0"])
 def test_tested_releases(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     monkeypatch.setattr(deepspeed, "__version__", release)
-    refuse_unsupported(SimpleNamespace(zero_optimization_stage=lambda: 3, pipeline_parallelism=True))
+    refuse_unsupported(SimpleNamespace(zero_optimization_stage=lambda: 3))
+    refuse_unsupported(SimpleNamespace(zero_optimization_stage=lambda: 1, pipeline_parallelism=True))
 
 
 def with_nvme(section: str, stage: int, pipeline: bool = False) -> SimpleNamespace:

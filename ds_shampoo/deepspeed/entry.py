@@ -75,7 +75,7 @@ def initialize(
 
     Takes and returns what `deepspeed.initialize` does. Where the config's optimizer is Shampoo, its settings are
     checked before anything starts, and `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` are set
-    (in a copy); any other optimizer passes through untouched.
+    (in a copy); any other optimizer passes through untouched. A GPTPipeline sets what it needs itself.
 
     Raises:
         SettingsError: as `from_json`, and for a Shampoo object where the config should name it.
@@ -95,6 +95,8 @@ def initialize(
         args = copy.copy(args)  # DeepSpeed takes a config from one place only, and Shampoo's is an edited copy
         args.deepspeed_config = None
     settings = _as_dict(config)
+    if hasattr(model, "complete_settings"):
+        model.complete_settings(settings)
     section = settings.get("optimizer") or {}
     ours = optimizer is None and section.get("type") == _TYPE
     if ours:

@@ -44,7 +44,10 @@ class _EngineLayout:
         return torch.device(self._present_engine().device)
 
     def name(self, name: str, parameter: Tensor) -> str:
-        return global_name(self._present_engine().module, name, parameter)
+        """Asks the `mpu`, where it knows (that of ds_shampoo.megatron.pipeline does)."""
+        engine = self._present_engine()
+        ask = getattr(engine.mpu, "shampoo_name", None)
+        return str(ask(engine.module, name)) if ask is not None else global_name(engine.module, name, parameter)
 
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
         """Asks the `mpu`, where it knows (ds_shampoo.megatron.mpu does)."""

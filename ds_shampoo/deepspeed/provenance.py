@@ -21,6 +21,7 @@ def describe(engine: Any, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]
         "optimizer": type(engine.optimizer).__name__,
         "world_size": dist.get_world_size(),
         "tensor_parallel": _slices(engine),
+        "pipeline_stages": _stages(engine),
         "expert_groups": _expert_groups(engine),
         "learning_rates": [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in groups],
     }
@@ -43,6 +44,12 @@ def check_world(engine: Any, reader: BlockReader) -> None:
     saved, present = reader.header["optimizer"], type(engine.optimizer).__name__
     ranks, here = reader.header["world_size"], dist.get_world_size()
     advice = "convert it with `ds-shampoo to-universal` and set checkpoint.load_universal"
+    stages = reader.header["pipeline_stages"]
+    if stages != _stages(engine):
+        raise CheckpointError(
+            f"{reader.folder}: saved over {stages} pipeline stages, to be loaded over {_stages(engine)}; if that was "
+            f"at ZeRO stage 1, {advice}"
+        )
     experts, expected = reader.header["expert_groups"], _expert_groups(engine)
     if experts != expected:
         raise CheckpointError(
@@ -83,6 +90,10 @@ def _slices(engine: Any) -> int:
     """The tensor-parallel size."""
     mpu = engine.mpu
     return int(mpu.get_tensor_model_parallel_world_size()) if hasattr(mpu, "shampoo_sections") else 1
+
+
+def _stages(engine: Any) -> int:
+    return int(engine.module.num_pipeline_stages()) if engine.pipeline_parallelism else 1
 
 
 def _expert_groups(engine: Any) -> list[str]:

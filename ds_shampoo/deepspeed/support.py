@@ -105,6 +105,11 @@ def _spreads_foreign_experts(engine: Any) -> Any:
     return _ask(engine, "zero_optimization_stage") == 3 and hasattr(engine, "module") and foreign_experts(engine.module)
 
 
+def _partitions_activations(engine: Any) -> bool:
+    section: Any = getattr(getattr(engine, "_config", None), "pipeline", None) or {}
+    return bool(section.get("pipe_partitioned") or section.get("grad_partitioned"))
+
+
 def _older_deepspeed() -> bool:
     """Whether this DeepSpeed is older than the first with which ZeRO-3 and pipelines were held to one trajectory."""
     import deepspeed
@@ -123,6 +128,15 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         lambda e: getattr(e, "pipeline_parallelism", False) and _older_deepspeed(),
         "pipeline parallelism (PipelineModule): with DeepSpeed before 0.19 it was seen to follow another trajectory; "
         "upgrade DeepSpeed",
+    ),
+    (
+        lambda e: getattr(e, "pipeline_parallelism", False) and (_ask(e, "zero_optimization_stage") or 0) > 1,
+        "zero_optimization.stage = 2 or 3 with pipeline parallelism: DeepSpeed runs pipelines at stages 0 and 1 only",
+    ),
+    (
+        lambda e: getattr(getattr(e, "module", None), "sequence_parallel", False) and _partitions_activations(e),
+        "pipeline.pipe_partitioned or grad_partitioned = true with sequence parallelism of Megatron: tensor-parallel "
+        "ranks hold different parts of an activation; set both to false, as ds_shampoo.initialize does",
     ),
     (
         lambda e: _ask(e, "fp16_enabled") and _ask(e, "zero_optimization_stage") == 0,

@@ -22,6 +22,7 @@ def stand_in() -> None:
     """Puts the CPU in CUDA's place for Megatron; to be called before the model is built, again to no effect."""
     if torch.cuda.is_available():
         return
+    from megatron.core.fusions import fused_softmax
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
@@ -32,6 +33,7 @@ def stand_in() -> None:
         (torch.cuda, {"current_stream": lambda device=None: torch.cpu.current_stream()}),  # 0.19 asks for it
         (torch.cuda, {"get_rng_state": _get_rng_state, "set_rng_state": _set_rng_state}),
         (random, {"_get_cuda_rng_state": _get_rng_state, "_set_cuda_rng_state": _set_rng_state}),
+        (fused_softmax, {"get_default_causal_mask": _causal_mask}),  # recomputed in backward, where no mode is in force
     ]
     for module, functions in replaced:
         for name, function in functions.items():
@@ -68,6 +70,10 @@ def _norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) 
     for parameter in norm.parameters():
         setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
     return norm
+
+
+def _causal_mask(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
 
 
 def _stay(self: Any, *_: Any, **__: Any) -> Any:

@@ -61,14 +61,15 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def train(
-    data: tuple[str, Path], ranks: int, slices: int, steps: int, config: Path, save: Path
+    data: tuple[str, Path], ranks: int, slices: int, steps: int, config: Path, save: Path, stages: int = 1
 ) -> list[dict[str, Any]]:
     kind, prefix = data
     shape = ["--swiglu"] if kind == "gpt" else []
     sequence = ["--sequence-parallel"] if kind == "gpt" and slices > 1 else []
     done = launch(
         kind, ranks, "--deepspeed_config", str(config), "--data-path", str(prefix), "--tensor-model-parallel-size",
-        str(slices), "--train-iters", str(steps), "--save", str(save), *SIZE, *shape, *sequence,
+        str(slices), "--pipeline-model-parallel-size", str(stages), "--train-iters", str(steps), "--save", str(save),
+        *SIZE, *shape, *sequence,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "validation loss" in done.stdout
@@ -91,6 +92,26 @@ def test_one_trajectory_at_tp_1_and_2_and_over_a_resume(data: tuple[str, Path], 
     assert [record["step"] for record in sliced] == [1, 2, 3, 4, 5, 6]
     assert [r["loss"] for r in sliced] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
     assert sliced[-1]["val_loss"] == pytest.approx(whole[-1]["val_loss"], rel=1e-4)
+    assert sliced[-1]["preconditioned_blocks"] > 0
+
+
+def test_pipeline_stages(data: tuple[str, Path], config: Path, tmp_path: Path) -> None:
+    kind, prefix = data
+    if kind == "bert":
+        done = launch(
+            kind, 2, "--deepspeed_config", str(config), "--data-path", str(prefix), "--pipeline-model-parallel-size",
+            "2", *SIZE,
+        )  # fmt: skip
+        assert done.returncode != 0
+        assert "--pipeline-model-parallel-size 2: pretrain_bert_megatron runs in one stage only" in done.stdout
+        return
+    whole = train(data, 2, 1, 6, config, tmp_path / "whole", stages=2)
+    train(data, 4, 2, 3, config, tmp_path / "sliced", stages=2)
+    sliced = train(data, 4, 2, 6, config, tmp_path / "sliced", stages=2)
+    assert [record["step"] for record in sliced] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in sliced] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
+    assert sliced[-1]["val_loss"] == pytest.approx(whole[-1]["val_loss"], rel=1e-4)
+    assert sliced[-1]["loss"] < sliced[0]["loss"]
     assert sliced[-1]["preconditioned_blocks"] > 0
 
 

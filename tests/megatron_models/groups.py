@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def initialize(**sizes: int) -> None:
-    """Megatron's groups of these sizes, `initialize_model_parallel`'s own arguments, in place of those of the last job.
+
+def initialize(**sizes: Any) -> None:
+    """Megatron's groups, by `initialize_model_parallel`'s own arguments, in place of those of the last job.
 
     Megatron forgets its groups without ending them. Each one has threads that wake up a hundred times a second: after
     some dozens of jobs they leave the machine no time for anything else.
@@ -18,3 +20,13 @@ def initialize(**sizes: int) -> None:
         if group in dist.distributed_c10d._world.pg_map:  # some it does end
             dist.destroy_process_group(group)
     parallel_state.initialize_model_parallel(**sizes)
+
+
+def end(module: Any) -> None:
+    """Ends those that DeepSpeed made for a PipelineModule, for the same reason."""
+    import torch.distributed as dist
+
+    grid = module._grid
+    own = [module.world_group, grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group, grid.slice_proc_group]
+    for group in [*own, *(each["group"] for each in module.tied_comms.values())]:
+        dist.destroy_process_group(group)

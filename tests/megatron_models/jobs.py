@@ -43,11 +43,14 @@ def build(
     pipeline_parallel: int = 1,
     experts: int | None = None,
     expert_parallel: int = 1,
+    tied: bool = False,
+    positions: str = "learned_absolute",
+    order: str = "tp-cp-ep-dp-pp",
     **more: Any,
 ) -> nn.Module:
     """A GPT or BERT of two layers with two query groups, or this stage of it; the same weights at any such size.
 
-    `more` goes to Megatron's settings.
+    The kind "pipeline" is the GPT for DeepSpeed's pipeline engine; `more` goes to Megatron's settings.
     """
     from ds_shampoo.megatron import cpu
 
@@ -64,11 +67,12 @@ def build(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
         expert_model_parallel_size=expert_parallel,
+        order=order,
     )
     model_parallel_cuda_manual_seed(0)
     torch.manual_seed(0)
     config = TransformerConfig(
-        num_layers=2,
+        num_layers=more.pop("num_layers", 2),
         hidden_size=WIDTH,
         num_attention_heads=4,
         num_query_groups=2,
@@ -97,15 +101,20 @@ def build(
         return BertModel(
             config, 2, bert_layer_local_spec, VOCABULARY, CONTEXT, share_embeddings_and_output_weights=True
         )
+    spec = get_gpt_layer_local_spec(experts, normalization="LayerNorm")
+    if kind == "pipeline":
+        from ds_shampoo.megatron.pipeline import GPTPipeline
+
+        return GPTPipeline(config, spec, VOCABULARY, CONTEXT, tied, positions)
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(experts, normalization="LayerNorm"),
+        spec,
         VOCABULARY,
         CONTEXT,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="learned_absolute",
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type=positions,
     )
 
 
