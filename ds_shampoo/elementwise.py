@@ -17,9 +17,10 @@ from ds_shampoo.config import GroupSettings
 # Small enough for the arrays of a step to stay in a CPU's cache between passes, large enough to hide the cost of
 # calling an operation; the best of 32K to 1024K by `benchmarks/step_time.py`, 8 per cent ahead of 32K.
 _CPU_CHUNK = 256 * 1024
-# An accelerator is called once for many small tensors. An operation on 4M elements takes longer than its call, and
-# what memory it wants for a result is 16 MiB.
-_TAKEN_TOGETHER = 4 * 1024 * 1024
+# Small tensors are taken together, up to where an operation takes far longer than its call: on a CPU by timing (at 64K
+# making results apart and copying them in costs more), on an accelerator by the memory of such results, 16 MiB.
+_CPU_TOGETHER = 16 * 1024
+_TOGETHER = 4 * 1024 * 1024
 
 
 def new_state(param: Tensor) -> dict[str, Any]:
@@ -150,5 +151,5 @@ def _batches(tensors: Sequence[TensorStep]) -> Iterator[_Batch]:
 
 
 def _limits(device: torch.device) -> tuple[int, int]:
-    """How many elements of a single tensor are worked on at once; up to how many a tensor may share a batch."""
-    return (_CPU_CHUNK, 0) if device.type == "cpu" else (sys.maxsize, _TAKEN_TOGETHER)
+    """How many elements of a single tensor are worked on at once; up to how many a tensor shares a batch."""
+    return (_CPU_CHUNK, _CPU_TOGETHER) if device.type == "cpu" else (sys.maxsize, _TOGETHER)
