@@ -150,12 +150,12 @@ class ApexKernels(TorchKernels):
 
 @functools.cache
 def kernels_for(device: torch.device) -> TorchKernels:
-    """apex's kernels on a CUDA device where they are installed and pass a trial, torch's everywhere else.
+    """apex's on a CUDA device where they are installed and pass a trial, torch's everywhere else."""
+    return _apex_or_torch(device) if device.type == "cuda" else TorchKernels()
 
-    The trial is for builds of apex that do not fit this torch, or whose kernels take other arguments.
-    """
-    if device.type != "cuda":
-        return TorchKernels()
+
+def _apex_or_torch(device: torch.device) -> TorchKernels:
+    """The trial is for builds of apex that do not fit this torch, or whose kernels take other arguments."""
     try:
         kernels = ApexKernels(*find_apex(), device)
         if not torch.allclose(_trial(kernels, device), _trial(TorchKernels(), device), rtol=_TRIAL_RTOL):
