@@ -1,14 +1,26 @@
-"""The elementwise half of a step on one tensor of a param group: a whole parameter or ZeRO's flat shard."""
+"""The elementwise half of a step on the tensors of a param group: whole parameters, or ZeRO's flat shard."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm import grafting
+from ds_shampoo.algorithm.multi_tensor import TorchKernels, kernels_for
 from ds_shampoo.config import GroupSettings
+
+# Small enough for the arrays of a step to stay in a CPU's cache between passes, large enough to hide the cost of
+# calling an operation; the best of 32K to 1024K by `benchmarks/step_time.py`, 8 per cent ahead of 32K.
+_CPU_CHUNK = 256 * 1024
+# Small tensors are taken together, up to where an operation takes far longer than its call: on a CPU by timing (at 64K
+# making results apart and copying them in costs more), on an accelerator by the memory of such results, 16 MiB.
+_CPU_TOGETHER = 16 * 1024
+_TOGETHER = 4 * 1024 * 1024
 
 
 def new_state(param: Tensor) -> dict[str, Any]:
@@ -21,77 +33,123 @@ def new_state(param: Tensor) -> dict[str, Any]:
 
 
 class TensorStep:
-    """What one tensor goes through in one step; everything flat and fp32 but the parameter itself.
+    """One tensor in one step; everything flat and fp32 but the parameter itself.
 
     Attributes:
         grad: the gradient, with the L2 decay added where that is asked for.
         vector: what is preconditioned: the filtered gradient, or the gradient for momentum "after".
         update: the grafting method's own step for it, until directions are written over it.
+        step: its count, this step included.
     """
 
     def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], settings: GroupSettings) -> None:
         if grad.is_sparse:
             raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
-        self._settings = settings
-        self._param = param
+        self.param = param
         state["step"] += 1
         self.step = int(state["step"])  # a tensor on the host where a framework keeps it as torch's Adam does
-        self._exp_avg: Tensor = state["exp_avg"].view(-1)
-        self._exp_avg_sq: Tensor = state["exp_avg_sq"].view(-1)
+        self.exp_avg: Tensor = state["exp_avg"].view(-1)
+        self.exp_avg_sq: Tensor = state["exp_avg_sq"].view(-1)
         self.grad = grad.reshape(-1).to(torch.float32)
         if settings.weight_decay and not settings.decoupled_weight_decay:
             self.grad = self.grad.add(param.reshape(-1), alpha=settings.weight_decay)
-        self._filters = settings.momentum == "before"
-        self.vector = torch.empty_like(self.grad) if self._filters else self.grad
+        self.vector = torch.empty_like(self.grad) if settings.momentum == "before" else self.grad
         self.update = torch.empty_like(self.grad)
-        self._chunks = list(grafting.chunks(self.grad.numel(), self.grad.device))
+
+
+class ElementwiseStep:
+    """What the tensors of a group go through together in one step."""
+
+    def __init__(self, tensors: Sequence[TensorStep], settings: GroupSettings) -> None:
+        self._tensors, self._settings = tensors, settings
+        self._grads, self._vectors = [t.grad for t in tensors], [t.vector for t in tensors]
+        self._updates = [t.update for t in tensors]
+        self._exp_avgs, self._exp_avg_sqs = [t.exp_avg for t in tensors], [t.exp_avg_sq for t in tensors]
+        self._batches = list(_batches(tensors))
 
     def filter_and_graft(self) -> None:
-        """Moments, the vector and its grafting step, in one pass over the data."""
-        for chunk in self._chunks:
-            self._filter(chunk)
-            self._graft(chunk, self.grad, self.vector)
+        """Moments, the vectors and their grafting steps, in one pass over the data."""
+        for batch in self._batches:
+            self._filter(batch)
+            self._graft(batch, self._grads, self._vectors)
 
     def filter(self) -> None:
-        """The vector alone, for a grafting method that must know norms before it can go on."""
-        for chunk in self._chunks:
-            self._filter(chunk)
+        """The vectors alone, for a grafting method that must know norms before it can go on."""
+        for batch in self._batches:
+            self._filter(batch)
 
-    def graft(self, grad: Tensor, vector: Tensor) -> None:
-        """The grafting step, for a gradient and a vector that were divided by their norms."""
-        for chunk in self._chunks:
-            self._graft(chunk, grad, vector)
+    def graft(self, grads: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
+        """The grafting steps, for each tensor's gradient and vector as divided by their norms."""
+        for batch in self._batches:
+            self._graft(batch, grads, vectors)
 
     def finish(self) -> None:
-        """Momentum "after", weight decay and the step on the parameter; `update` is spent."""
+        """Momentum "after", weight decay and the step on the parameters; updates are spent."""
         s = self._settings
         decay = s.weight_decay if s.decoupled_weight_decay else 0.0
-        flat = self._param.view(-1) if self._param.is_contiguous() else None
-        for chunk in self._chunks:
-            update = self.update[chunk]
-            if not self._filters:
-                grafting.average(update, self._exp_avg[chunk], update, self.step, s.betas[0], s.nesterov)
-            if flat is not None:
-                grafting.apply_update(flat[chunk], update, s.lr, decay)
-        if flat is None:
-            grafting.apply_update(self._param, self.update.view(self._param.shape), s.lr, decay)
+        flat = [t.param.reshape(-1) for t in self._tensors]  # copies of those that can't be viewed so
+        for batch in self._batches:
+            updates = batch.of(self._updates)
+            if s.momentum == "after":
+                self._average(batch, updates, updates)
+            batch.kernels.apply_update(batch.of(flat), updates, s.lr, decay)
+        for tensor, values in zip(self._tensors, flat, strict=True):
+            if not tensor.param.is_contiguous():
+                tensor.param.copy_(values.view(tensor.param.shape))
 
-    def _filter(self, chunk: slice) -> None:
-        if self._filters:
-            s = self._settings
-            grafting.average(
-                self.grad[chunk], self._exp_avg[chunk], self.vector[chunk], self.step, s.betas[0], s.nesterov
-            )
+    def _filter(self, batch: _Batch) -> None:
+        if self._settings.momentum == "before":
+            self._average(batch, batch.of(self._grads), batch.of(self._vectors))
 
-    def _graft(self, chunk: slice, grad: Tensor, vector: Tensor) -> None:
+    def _average(self, batch: _Batch, values: list[Tensor], outs: list[Tensor]) -> None:
+        s, exp_avgs = self._settings, batch.of(self._exp_avgs)
+        grafting.average(batch.kernels, values, exp_avgs, outs, batch.step, s.betas[0], s.nesterov)
+
+    def _graft(self, batch: _Batch, grads: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         s = self._settings
         grafting.grafting_step(
+            batch.kernels,
             s.grafting,
-            vector[chunk],
-            grad[chunk],
-            self._exp_avg_sq[chunk],
-            self.update[chunk],
-            self.step,
+            batch.of(vectors),
+            batch.of(grads),
+            batch.of(self._exp_avg_sqs),
+            batch.of(self._updates),
+            batch.step,
             s.betas[1],
             s.eps,
         )
+
+
+class _Batch(NamedTuple):
+    """Tensors of one device and one step count that are worked on at once: several, or a part of a single one."""
+
+    kernels: TorchKernels
+    step: int
+    indices: Sequence[int]
+    part: slice
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The batch's own, out of one flat tensor for each of the group's."""
+        return [tensors[index][self.part] for index in self.indices]
+
+
+def _batches(tensors: Sequence[TensorStep]) -> Iterator[_Batch]:
+    small: dict[tuple[tuple[torch.device, int, torch.dtype], int], list[int]] = defaultdict(list)
+    held: Counter[tuple[torch.device, int, torch.dtype]] = Counter()
+    for index, tensor in enumerate(tensors):
+        numel, device = tensor.grad.numel(), tensor.grad.device
+        chunk, together = _limits(device)
+        if numel > together:
+            for at in range(0, numel, chunk):
+                yield _Batch(kernels_for(device), tensor.step, [index], slice(at, at + chunk))
+        elif numel:
+            alike = device, tensor.step, tensor.param.dtype
+            small[alike, held[alike] // together].append(index)
+            held[alike] += numel
+    for ((device, step, _), _), indices in small.items():
+        yield _Batch(kernels_for(device), step, indices, slice(None))
+
+
+def _limits(device: torch.device) -> tuple[int, int]:
+    """How many elements of a single tensor are worked on at once; up to how many a tensor shares a batch."""
+    return (_CPU_CHUNK, _CPU_TOGETHER) if device.type == "cpu" else (sys.maxsize, _TOGETHER)

@@ -14,7 +14,7 @@ from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import matmul_precision
 from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
 from ds_shampoo.config import GroupSettings
-from ds_shampoo.elementwise import TensorStep
+from ds_shampoo.elementwise import ElementwiseStep, TensorStep
 from ds_shampoo.host.roots import RootCounts, RootKeeper
 from ds_shampoo.host.schedule import RootSchedule
 from ds_shampoo.host.service import RootService
@@ -103,13 +103,13 @@ class ShardedGroup:
         if not present and not self.plan.moves:
             return
         self.last_step = max((tensor.step for tensor in present), default=self.last_step + 1)
+        elementwise = ElementwiseStep(present, settings)
         with self._stopwatch.phase("elementwise"):
-            self._filter_and_graft(tensors)
+            self._filter_and_graft(elementwise, tensors)
         if self.table.blocks:
             self._precondition(tensors, settings)
         with self._stopwatch.phase("elementwise"):
-            for tensor in present:
-                tensor.finish()
+            elementwise.finish()
 
     def states_by_name(self, states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """The elementwise state behind each parameter; a flat shard's is that of all its parameters."""
@@ -125,20 +125,14 @@ class ShardedGroup:
             for slot, block in enumerate(stack.blocks)
         ]
 
-    def _filter_and_graft(self, tensors: Sequence[TensorStep | None]) -> None:
+    def _filter_and_graft(self, elementwise: ElementwiseStep, tensors: Sequence[TensorStep | None]) -> None:
         if self._scaler is None:
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor.filter_and_graft()
-            return
-        for tensor in tensors:
-            if tensor is not None:
-                tensor.filter()
-        grads = self._scaler.normalized(self._staged(tensors, "grad"))
-        vectors = self._scaler.normalized(self._staged(tensors, "vector"))
-        for stepping, unit_grad, unit_vector in zip(tensors, grads, vectors, strict=True):
-            if stepping is not None and unit_grad is not None and unit_vector is not None:
-                stepping.graft(unit_grad.to(stepping.grad.device), unit_vector.to(stepping.grad.device))
+            elementwise.filter_and_graft()
+        else:
+            elementwise.filter()
+            grads = self._scaler.normalized(self._staged(tensors, "grad"))
+            vectors = self._scaler.normalized(self._staged(tensors, "vector"))
+            elementwise.graft(_returned(grads, tensors), _returned(vectors, tensors))
 
     def _precondition(self, tensors: Sequence[TensorStep | None], settings: GroupSettings) -> None:
         """Statistics, then roots that are begun or due, then the directions of the blocks whose roots are in force."""
@@ -249,6 +243,15 @@ def _rescaled(directions: Tensor, squares: Tensor | None) -> Tensor:
     norms = torch.linalg.vector_norm(directions.flatten(1), dim=1)
     scale = torch.where(norms > 0, squares.sqrt() / norms, torch.zeros_like(norms))
     return directions.mul_(scale.view(-1, *(1,) * (directions.dim() - 1)))
+
+
+def _returned(staged: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> list[Tensor]:
+    """Those that there are, on the device where their tensors' elementwise step goes on."""
+    return [
+        vector.to(tensor.grad.device)
+        for vector, tensor in zip(staged, tensors, strict=True)
+        if vector is not None and tensor is not None
+    ]
 
 
 def _unstage(updates: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> None:

@@ -218,6 +218,7 @@ def test_names_roles_and_the_table() -> None:
     model.add_module("proj", nn.Linear(8, 8))
     model.add_module("lm_head", nn.Linear(8, 12, bias=False))
     table = Shampoo(model.parameters(), model=model, **SETTINGS).describe()
+    assert table.endswith("\nelementwise step and norms: by the kernels of torch on cpu")
     assert "embedding (embedding: diagonal)" in table
     assert "output head (embedding: diagonal)" in table
     assert "4 of 4 x 4" in table

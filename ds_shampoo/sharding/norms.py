@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.multi_tensor import kernels_for
 from ds_shampoo.sharding.exchange import buffer_view, choose_sources
 from ds_shampoo.sharding.fragments import Box, Fragment, Piece
 from ds_shampoo.sharding.partition import Partition
@@ -27,7 +28,7 @@ class PieceNorms:
         total = torch.zeros(self._segments, device=self._device)
         present = [i for i, (buffer, _, _) in enumerate(self._pieces) if buffers[buffer] is not None]
         if present:
-            norms = torch.stack(torch._foreach_norm([self._pieces[i][1].of(buffers) for i in present]))
+            norms = kernels_for(self._device).norms([self._pieces[i][1].of(buffers) for i in present])
             ordinals = self._ordinals if len(present) == len(self._pieces) else self._ordinals[present]
             total.index_add_(0, ordinals, norms.square())
         return total
