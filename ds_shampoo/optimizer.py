@@ -31,6 +31,7 @@ from ds_shampoo.metrics import collect
 from ds_shampoo.report import render
 from ds_shampoo.saving import blocks_state, check_fits, load_blocks, restore_exactly, with_present_settings
 from ds_shampoo.sharding.order import by_name
+from ds_shampoo.sharding.ownership import fingerprint
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
 from ds_shampoo.sharding.table import block_table, cut_all
 from ds_shampoo.stopwatch import Stopwatch
@@ -300,7 +301,9 @@ class Shampoo(Optimizer):
             partition = self.layout.partition(members, held)
             loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
             table = block_table(members, partition, settings, loads)
-            check_agreement(table.fingerprint, partition, self._device)
+            check_agreement(table.fingerprint, "blocks and owners", partition, self._device)
+            kernels = fingerprint([type(multi_tensor.kernels_for(self._device)).__name__])
+            check_agreement(kernels, "using NVIDIA's apex, where each rounds otherwise", partition, self._device)
             self._groups[key] = ShardedGroup(
                 table,
                 settings,

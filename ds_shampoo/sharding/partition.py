@@ -137,17 +137,17 @@ class WholeLayout:
         return Partition(whole_fragments(members, rank=0))
 
 
-def check_agreement(value: int, partition: Partition, device: torch.device) -> None:
+def check_agreement(value: int, what: str, partition: Partition, device: torch.device) -> None:
     """Compares a fingerprint over the group's ranks, once at start.
 
     Raises:
-        RuntimeError: if any rank made another table; they would exchange the wrong pieces.
+        RuntimeError: if it is another one on any rank, naming `what` it is of.
     """
     if partition.world_size > 1:
         extremes = torch.tensor([value, -value], dtype=torch.int64, device=device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=partition.process_group)
         if extremes.tolist() != [value, -value]:
-            raise RuntimeError("the ranks of a data-parallel group disagree about blocks and owners")
+            raise RuntimeError(f"the ranks of a data-parallel group disagree about {what}")
 
 
 def whole_fragments(originals: Sequence[LogicalParameter], rank: int) -> list[Fragment]:

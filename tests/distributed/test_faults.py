@@ -7,11 +7,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
+from ds_shampoo.algorithm import multi_tensor
+from ds_shampoo.algorithm.multi_tensor import TorchKernels
 from tests.distributed import jobs
 from tests.distributed.jobs import SHAMPOO, Trace, engine_config
 from tests.distributed.pool import WorkerPool
@@ -211,3 +215,21 @@ def test_what_is_not_supported_is_refused_by_name(pools: Pools, change: dict[str
 def test_a_wrong_setting_is_refused_before_anything_starts(pools: Pools, params: dict[str, Any], named: str) -> None:
     for message in pools(1).run(jobs.refused, engine_config(params, 2, 1)):
         assert named in message
+
+
+def with_apex_on_one_rank(config: dict[str, Any]) -> str:
+    class Other(TorchKernels):
+        """What an apex that only one rank found would be."""
+
+    found = Other() if dist.get_rank() else TorchKernels()
+    with mock.patch.object(multi_tensor, "kernels_for", return_value=found):
+        try:
+            jobs.job(config, 1)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_that_round_otherwise_are_refused(pools: Pools) -> None:
+    for message in pools(2).run(with_apex_on_one_rank, engine_config(SHAMPOO, 0, 2)):
+        assert "disagree about using NVIDIA's apex" in message
