@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 
@@ -11,6 +12,14 @@ def initialize(**sizes: Any) -> None:
     Megatron forgets its groups without ending them. Each one has threads that wake up a hundred times a second: after
     some dozens of jobs they leave the machine no time for anything else.
     """
+    from megatron.core import parallel_state
+
+    _end_former()
+    gc.collect()  # the last job's model and engine hold them still, in circles
+    parallel_state.initialize_model_parallel(**sizes)
+
+
+def _end_former() -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -19,7 +28,6 @@ def initialize(**sizes: Any) -> None:
     for group in former:
         if group in dist.distributed_c10d._world.pg_map:  # some it does end
             dist.destroy_process_group(group)
-    parallel_state.initialize_model_parallel(**sizes)
 
 
 def end(module: Any) -> None:

@@ -90,6 +90,7 @@ def pipeline_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[Any]:
         engine, *_ = ds_shampoo.initialize(model=model, model_parameters=model.parameters(), config=config)
         yield engine
         engine.destroy()
+        vars(engine).clear()  # tensors with hooks hold it and are held by it, a circle that no collector sees
     finally:
         deepspeed.utils.groups.mpu = None  # DeepSpeed would hand the pipeline's ranks on to the next engine
         groups.end(model)
