@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -118,11 +119,26 @@ def pipeline(
             mine = batch(step).chunk(ranks)[dp]
             micro = iter([(w[:, :-1], w[:, 1:]) for w in mine.chunk(MICRO_BATCHES)])
             losses.append(float(engine.train_batch(micro)))
-        end, metrics = named(engine.module), engine.basic_optimizer.metrics()
-        engine.destroy()
-        return Trace(losses, flat(start), flat(end), metrics, {"end": end, "stage": engine.stage_id})
+        end, metrics, stage = named(engine.module), engine.basic_optimizer.metrics(), engine.stage_id
+        let_go(engine)
+        return Trace(losses, flat(start), flat(end), metrics, {"end": end, "stage": stage})
     finally:
         deepspeed.utils.groups.mpu = None  # DeepSpeed would hand the pipeline's grid on to the next engine
+        end_groups(module)
+
+
+def let_go(engine: Any) -> None:
+    """Ends a pipeline's engine: tensors with hooks hold it and are held by it, a circle that no collector sees."""
+    engine.destroy()
+    vars(engine).clear()
+
+
+def end_groups(module: Any) -> None:
+    """Ends the process groups that DeepSpeed made for a PipelineModule: each has threads that never rest."""
+    grid = module._grid
+    own = [module.world_group, grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group, grid.slice_proc_group]
+    for group in [*own, *(each["group"] for each in module.tied_comms.values())]:
+        dist.destroy_process_group(group)
 
 
 class Experts(nn.Module):

@@ -28,13 +28,3 @@ def _end_former() -> None:
     for group in former:
         if group in dist.distributed_c10d._world.pg_map:  # some it does end
             dist.destroy_process_group(group)
-
-
-def end(module: Any) -> None:
-    """Ends those that DeepSpeed made for a PipelineModule, for the same reason."""
-    import torch.distributed as dist
-
-    grid = module._grid
-    own = [module.world_group, grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group, grid.slice_proc_group]
-    for group in [*own, *(each["group"] for each in module.tied_comms.values())]:
-        dist.destroy_process_group(group)

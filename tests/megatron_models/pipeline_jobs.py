@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ds_shampoo
 from tests.distributed.jobs import CONTEXT, batch
-from tests.megatron_models import groups
+from tests.distributed.parallel_jobs import end_groups, let_go
 from tests.megatron_models.jobs import Run, build, engine_of, named, train
 
 MICRO_BATCHES = 2
@@ -89,11 +89,10 @@ def pipeline_engine(model: nn.Module, config: dict[str, Any]) -> Iterator[Any]:
     try:
         engine, *_ = ds_shampoo.initialize(model=model, model_parameters=model.parameters(), config=config)
         yield engine
-        engine.destroy()
-        vars(engine).clear()  # tensors with hooks hold it and are held by it, a circle that no collector sees
+        let_go(engine)
     finally:
         deepspeed.utils.groups.mpu = None  # DeepSpeed would hand the pipeline's ranks on to the next engine
-        groups.end(model)
+        end_groups(model)
 
 
 def micro_batches(engine: Any, step: int) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
