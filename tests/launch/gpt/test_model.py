@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from gpt.model import GPT, GPTConfig
 
 SMALL = GPTConfig(layers=2, d_model=32, heads=4, context=16)
 

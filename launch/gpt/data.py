@@ -1,9 +1,9 @@
-"""A corpus of bytes: read from text files, split, and drawn in batches that only seed and step determine."""
+"""A corpus of bytes: read from text files, split, and cut into windows."""
 
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 Bytes = npt.NDArray[np.uint8]
 
 # Where set-up puts the Gutenberg texts.
-GUTENBERG = Path(__file__).resolve().parent.parent / "data" / "gutenberg"
+GUTENBERG = Path(__file__).resolve().parents[2] / "data" / "gutenberg"
 
 # The end of every document that is held out for validation.
 HELD_OUT = 0.05
@@ -106,45 +106,6 @@ def split(documents: Iterable[Bytes]) -> tuple[Bytes, Bytes]:
         train.append(document[:cut])
         validation.append(document[cut:])
     return _join(train), _join(validation)
-
-
-def training_batch(
-    corpus: Corpus, context: int, *, seed: int, step: int, part: int, parts: int, windows: int
-) -> tuple[Tensor, Tensor]:
-    """One micro-batch of a step, drawn at random places of the training text.
-
-    The step's windows are drawn together and dealt out in parts, one per rank and micro-step. So a resumed
-    run goes on as if it had never stopped, and a step's windows are the same however many ranks share them.
-
-    Args:
-        part, parts: which of how many micro-batches of this step, over all ranks.
-        windows: windows in a micro-batch.
-
-    Returns:
-        Tokens and targets, int64 [windows, context]; the targets are the tokens one byte on.
-    """
-    places = np.random.default_rng((seed, step)).integers(corpus.train.size - context, size=parts * windows)
-    return cut_windows(corpus.train, places[part * windows : (part + 1) * windows], context)
-
-
-def validation_batches(
-    corpus: Corpus, context: int, *, windows: int, batch: int, rank: int, world_size: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """This rank's share of the validation windows, which are the same for every run and world size.
-
-    Every rank gets equally many batches, for the sake of collectives in a forward pass; those beyond its
-    share are repetitions of weight 0.
-
-    Yields:
-        Tokens, targets (as `training_batch`) and the batch's weight, the number of its windows.
-    """
-    places = np.linspace(0, corpus.validation.size - context - 1, windows).astype(np.int64)
-    batches = [places[at : at + batch] for at in range(0, windows, batch)]
-    for first in range(0, len(batches), world_size):
-        mine = first + rank
-        repeated = mine >= len(batches)
-        chosen = batches[0 if repeated else mine]
-        yield *cut_windows(corpus.validation, chosen, context), 0 if repeated else len(chosen)
 
 
 def cut_windows(text: Bytes, places: Iterable[int], context: int) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
 import fetch_gutenberg
-from data import Corpus, CorpusError, default_corpus, find_texts, load_corpus, split
+from gpt import data
+from gpt.data import Corpus, CorpusError, default_corpus, find_texts, load_corpus, split
 
 CONTEXT = 16
 
@@ -90,41 +90,12 @@ def test_the_default_is_python_s_own_source_elsewhere(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in files) > 5_000_000
 
 
-def batch(corpus: Corpus, **changes: int) -> torch.Tensor:
-    position = {"seed": 1, "step": 7, "part": 0, "parts": 4, "windows": 3} | changes
-    return data.training_batch(corpus, CONTEXT, **position)[0]
-
-
-def test_a_batch_depends_on_seed_and_position_only(corpus: Corpus) -> None:
-    assert torch.equal(batch(corpus), batch(corpus))
-    for change in ({"seed": 2}, {"step": 8}, {"part": 1}):
-        assert not torch.equal(batch(corpus), batch(corpus, **change))
-
-
-def test_a_step_s_windows_are_the_same_for_any_number_of_parts(corpus: Corpus) -> None:
-    whole = batch(corpus, parts=1, windows=12)
-    assert torch.equal(whole, torch.cat([batch(corpus, part=part) for part in range(4)]))
-
-
 def test_targets_are_the_tokens_one_byte_on(corpus: Corpus) -> None:
-    tokens, targets = data.training_batch(corpus, CONTEXT, seed=0, step=0, part=0, parts=1, windows=5)
+    tokens, targets = data.cut_windows(corpus.train, [0, 5, 7, 100, 33], CONTEXT)
     assert tokens.shape == targets.shape == (5, CONTEXT)
     assert tokens.dtype == torch.int64
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
     assert all(window.numpy().astype(np.uint8).tobytes() in corpus.train.tobytes() for window in tokens)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_every_world_size_validates_on_the_same_windows(corpus: Corpus, world_size: int) -> None:
-    def share(rank: int, of: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-        return list(data.validation_batches(corpus, CONTEXT, windows=11, batch=4, rank=rank, world_size=of))
-
-    shares = [share(rank, world_size) for rank in range(world_size)]
-    assert len({len(batches) for batches in shares}) == 1, "ranks with fewer batches would leave collectives alone"
-    counted = [tuple(window.tolist()) for one in shares for tokens, _, n in one for window in tokens[:n]]
-    expected = [tuple(window.tolist()) for tokens, _, _ in share(0, 1) for window in tokens]
-    assert sorted(counted) == sorted(expected)
-    assert len(expected) == 11
 
 
 @pytest.fixture

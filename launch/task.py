@@ -1,0 +1,77 @@
+"""What a training program brings to the loop that all of them share: a model, batches, and how it is judged."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from sampling import Draw
+
+Batch = tuple[Tensor, ...]
+
+
+class Metric(NamedTuple):
+    """What a run is judged by.
+
+    Attributes:
+        key: its name in the run's records.
+        label: as a picture's axis and a table's head have it.
+        better: which way it improves.
+    """
+
+    key: str
+    label: str
+    better: Literal["lower", "higher"]
+
+
+class Task(abc.ABC):
+    """One kind of training.
+
+    Attributes:
+        metric: what validation is judged by; `summary` has it under its key.
+        unit: what throughput is counted in, "tokens" or "images", say.
+        units_per_sample: how many of them a sample has.
+        training_size: samples to train on.
+        validation_size: batches to validate on.
+    """
+
+    metric: Metric
+    unit: str
+    units_per_sample: int
+    training_size: int
+    validation_size: int
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common: `data` and `model`."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """The data in one line."""
+
+    @abc.abstractmethod
+    def model(self) -> nn.Module:
+        """A new model whose forward takes a training batch and gives the loss, an fp32 scalar."""
+
+    @abc.abstractmethod
+    def training_batch(self, samples: Draw) -> Batch:
+        """These samples of the training set."""
+
+    @abc.abstractmethod
+    def validation_batch(self, number: int) -> Batch:
+        """One of the `validation_size` batches, the same for every run."""
+
+    @abc.abstractmethod
+    def measure(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What a validation batch adds to the sums that `summary` reads: fp64 [k]. Called without gradients."""
+
+    @abc.abstractmethod
+    def summary(self, sums: Tensor) -> dict[str, float]:
+        """The metrics of the whole validation set from the sums over its batches, fp64 [k]."""
+
+    def final(self, model: nn.Module) -> Mapping[str, float]:
+        """Further metrics of a finished run, on rank 0 alone; `model` is the whole one. None unless overridden."""
+        return {}
