@@ -38,7 +38,10 @@ def build_parser(description: str, *, steps: int, eval_interval: int, data: str)
         "--eval-interval", type=positive, default=eval_interval, help="steps between validations (default: %(default)s)"
     )
     parser.add_argument(
-        "--save-interval", type=positive, default=100, help="steps between checkpoints (default: %(default)s)"
+        "--save-interval",
+        type=integer_from(0),
+        default=100,
+        help="steps between checkpoints, 0 for none at all (default: %(default)s)",
     )
     return parser
 

@@ -12,19 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from metric import Metric
 from plots import plot_losses, smoothing_window, trailing_mean
 from recorder import Record, read_metrics
 
 ADAM_TYPES = ("adam", "adamw")
 
+# What a run is judged by that does not say so itself.
+LOSS = Metric("val_loss", "loss", "lower")
+
 
 @dataclass(frozen=True)
 class Run:
-    """A run's records, and the type of its optimizer in lower case ("" where that isn't known)."""
+    """A run's records, the type of its optimizer in lower case ("" where that isn't known), and its metric."""
 
     name: str
     optimizer: str
     records: Sequence[Record]
+    metric: Metric = LOSS
 
     @property
     def final_loss(self) -> float:
@@ -35,8 +40,8 @@ class Run:
 
     @property
     def validation(self) -> list[Record]:
-        """The records that have a validation loss."""
-        return [record for record in self.records if "val_loss" in record]
+        """The records that have the validation metric."""
+        return [record for record in self.records if self.metric.key in record]
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,10 @@ def load_run(path: Path) -> Run:
     if not records:
         raise ValueError(f"{path}: no step was recorded")
     config = path / "config.json"
-    deepspeed = json.loads(config.read_text())["deepspeed"] if config.exists() else {}
-    return Run(path.resolve().name, deepspeed.get("optimizer", {}).get("type", "").lower(), records)
+    known = json.loads(config.read_text()) if config.exists() else {}
+    optimizer = known.get("deepspeed", {}).get("optimizer", {}).get("type", "").lower()
+    metric = Metric(**known["metric"]) if "metric" in known else LOSS
+    return Run(path.resolve().name, optimizer, records, metric)
 
 
 def choose_baseline(runs: Sequence[Run]) -> Run:
@@ -84,21 +91,24 @@ def reached_training_loss(run: Run, baseline: Run) -> Reached | None:
     if len(run.records) < window:
         return None
     means = trailing_mean([record["loss"] for record in run.records], window)
-    return _reached(run.records[window - 1 :], means.tolist(), baseline.final_loss, baseline)
+    return _reached(run.records[window - 1 :], means.tolist(), LOSS, baseline.final_loss, baseline)
 
 
-def reached_validation_loss(run: Run, baseline: Run) -> Reached | None:
-    """At which of its validations the run was as low as the baseline at its last one."""
+def reached_validation_metric(run: Run, baseline: Run) -> Reached | None:
+    """At which of its validations the run was as good as the baseline at its last one."""
     if not baseline.validation:
         return None
-    losses = [record["val_loss"] for record in run.validation]
-    return _reached(run.validation, losses, baseline.validation[-1]["val_loss"], baseline)
+    key = run.metric.key
+    values = [record[key] for record in run.validation]
+    return _reached(run.validation, values, run.metric, baseline.validation[-1][key], baseline)
 
 
-def _reached(records: Sequence[Record], losses: Sequence[float], target: float, baseline: Run) -> Reached | None:
+def _reached(
+    records: Sequence[Record], values: Sequence[float], metric: Metric, target: float, baseline: Run
+) -> Reached | None:
     end = baseline.records[-1]
-    for record, loss in zip(records, losses, strict=True):
-        if loss <= target:
+    for record, value in zip(records, values, strict=True):
+        if metric.reached(value, target):
             step, seconds = record["step"], record["seconds"]
             return Reached(step, seconds, step / end["step"], seconds / end["seconds"])
     return None
@@ -107,20 +117,24 @@ def _reached(records: Sequence[Record], losses: Sequence[float], target: float, 
 def report(runs: Sequence[Run], baseline: Run) -> str:
     """The table of the runs' ends, and below it when each reached the baseline's."""
     width = max(len("run"), *(len(run.name) for run in runs))
-    lines = [f"{'run':{width}}  {'train loss':>10}  {'val loss':>8}  {'steps':>6}  {'seconds':>8}"]
+    metric = baseline.metric
+    column = f"val {metric.name}"
+    lines = [f"{'run':{width}}  {'train loss':>10}  {column:>{len(column)}}  {'steps':>6}  {'seconds':>8}"]
     for run in runs:
         end, loss = run.records[-1], run.final_loss
-        validation = f"{run.validation[-1]['val_loss']:.4f}" if run.validation else "-"
-        lines.append(f"{run.name:{width}}  {loss:10.4f}  {validation:>8}  {end['step']:6}  {end['seconds']:8.1f}")
+        validation = f"{run.validation[-1][metric.key]:.4f}" if run.validation else "-"
+        lines.append(
+            f"{run.name:{width}}  {loss:10.4f}  {validation:>{len(column)}}  {end['step']:6}  {end['seconds']:8.1f}"
+        )
     window = smoothing_window(len(baseline.records))
-    lines.append(f"\ntrain loss: the mean over {window} steps. The final losses of {baseline.name} were reached by")
+    lines.append(f"\ntrain loss: the mean over {window} steps. Where {baseline.name} ended was reached by")
     for run in runs:
         if run is not baseline:
             for kind, reached in (
                 ("train", reached_training_loss(run, baseline)),
-                ("val", reached_validation_loss(run, baseline)),
+                ("val", reached_validation_metric(run, baseline)),
             ):
-                lines.append(f"{run.name:{width}}  {kind:5}  {reached or 'never: it stayed above'}")
+                lines.append(f"{run.name:{width}}  {kind:5}  {reached or 'never'}")
     return "\n".join(lines)
 
 
@@ -143,6 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [load_run(path) for path in paths]
     except ValueError as error:
         print(f"compare: error: {error}", file=sys.stderr)
+        return 1
+    if len({run.metric for run in runs}) > 1:
+        print("compare: error: the runs are of different tasks", file=sys.stderr)
         return 1
     baseline = runs[paths.index(options.baseline)] if options.baseline else choose_baseline(runs)
     print(report(runs, baseline))

@@ -72,7 +72,7 @@ class Trainer:
                     recorder.write(record, duration)
                 bar.set_postfix_str(self._progress(record), refresh=False)
                 bar.update()
-                if step % arguments.save_interval == 0 or step == last:
+                if arguments.save_interval and (step % arguments.save_interval == 0 or step == last):
                     self._save()
 
     def _step(self, step: int) -> tuple[Record, float]:
@@ -128,10 +128,8 @@ class Trainer:
         assert total is not None
         dist.all_reduce(total)
         found = self.task.summary(total.cpu())
-        name = self.task.metric.key.removeprefix("val_")
-        engine.monitor.write_events(
-            [(f"Validation/Samples/{name}", found[self.task.metric.key], engine.global_samples)]
-        )
+        metric = self.task.metric
+        engine.monitor.write_events([(f"Validation/Samples/{metric.name}", found[metric.key], engine.global_samples)])
         return found
 
     @torch.no_grad()
@@ -247,9 +245,7 @@ def report_end(folder: RunFolder, arguments: argparse.Namespace, task: Task) -> 
     if last["step"] < arguments.steps:
         print(f"stopped {spent}; the same command without --stop-at goes on to step {arguments.steps}")
     else:
-        print(
-            f"validation {task.metric.key.removeprefix('val_')} {last[task.metric.key]:.4f} {spent}; see {folder.path}"
-        )
+        print(f"validation {task.metric.name} {last[task.metric.key]:.4f} {spent}; see {folder.path}")
 
 
 def say(message: str) -> None:

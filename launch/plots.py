@@ -43,7 +43,7 @@ def plot_losses(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
             _draw(axes, name, records, key, f"C{number}")
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    over_steps.set_ylabel("loss (nats per byte)")
+    over_steps.set_ylabel("loss")
     over_steps.set_ylim(_limits([record["loss"] for records in runs.values() for record in records]))
     over_steps.legend()
     figure.savefig(path, dpi=120)

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
+from metric import Metric
 from sampling import Draw
 
 Batch = tuple[Tensor, ...]
-
-
-class Metric(NamedTuple):
-    """What a run is judged by.
-
-    Attributes:
-        key: its name in the run's records.
-        label: as a picture's axis and a table's head have it.
-        better: which way it improves.
-    """
-
-    key: str
-    label: str
-    better: Literal["lower", "higher"]
 
 
 class Task(abc.ABC):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from command_line import integer_from
 from gpt.data import Corpus, cut_windows
 from gpt.model import GPT, GPTConfig
+from metric import Metric
 from sampling import Draw
-from task import Batch, Metric, Task
+from task import Batch, Task
 
 # Windows in one forward pass of an evaluation.
 EVAL_BATCH = 8

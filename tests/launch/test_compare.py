@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import compare
-from compare import Run, choose_baseline, load_run, reached_training_loss, reached_validation_loss, report
+from compare import Run, choose_baseline, load_run, reached_training_loss, reached_validation_metric, report
 
 
 def records(losses: list[float], seconds_per_step: float, validated_every: int = 20) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def test_a_run_with_twice_the_slope_gets_there_in_half_the_steps() -> None:
 
 
 def test_validation_is_compared_at_the_points_where_it_was_measured() -> None:
-    reached = reached_validation_loss(TWICE_AS_FAST, BASELINE)
+    reached = reached_validation_metric(TWICE_AS_FAST, BASELINE)
     assert reached is not None
     assert reached.steps == 60, "level at step 50, first measured at 60"
 
@@ -58,7 +58,7 @@ def test_validation_is_compared_at_the_points_where_it_was_measured() -> None:
 def test_a_run_that_never_got_there_is_said_to_have_never_got_there() -> None:
     slow = Run("slow", "sgd", records(falling(100, 0.001), 1.0))
     assert reached_training_loss(slow, BASELINE) is None
-    assert reached_validation_loss(slow, BASELINE) is None
+    assert reached_validation_metric(slow, BASELINE) is None
     assert "never" in report([BASELINE, slow], BASELINE)
 
 
@@ -89,7 +89,7 @@ def test_the_program_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixt
     assert compare.main([str(shampoo), str(adamw), "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "final losses of adamw" in printed
+    assert "Where adamw ended" in printed
     assert "step 53 = 0.53 x its steps" in printed
 
 
@@ -97,7 +97,7 @@ def test_the_baseline_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture
     shampoo, adamw = write(tmp_path / "shampoo", TWICE_AS_FAST), write(tmp_path / "adamw", BASELINE)
     arguments = [str(adamw), "--baseline", str(shampoo), "--output", str(tmp_path / "compare.png")]
     assert compare.main(arguments) == 0
-    assert "final losses of shampoo" in capsys.readouterr().out
+    assert "Where shampoo ended" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

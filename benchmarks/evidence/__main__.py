@@ -1,0 +1,70 @@
+"""Runs studies under a protocol and writes their results: `python -m benchmarks.evidence --protocol full`.
+
+Jobs run one to a core, root threads included. Those that are done already are only read, so a call that was killed
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+
+from benchmarks import machine
+from benchmarks.evidence.figures import best_rate
+from benchmarks.evidence.jobs import JobError, run_all
+from benchmarks.evidence.protocol import FULL, SMALL, Protocol, Study
+from benchmarks.evidence.report import Outcome, draw, to_json, to_markdown
+from benchmarks.evidence.studies import STUDIES
+
+PROTOCOLS = {protocol.name: protocol for protocol in (SMALL, FULL)}
+
+
+def main() -> None:
+    args = parse_arguments()
+    protocol = PROTOCOLS[args.protocol]
+    studies = [study for study in STUDIES if args.only is None or study.name in args.only]
+    runs = args.runs / protocol.name
+    output = args.output / protocol.name
+    output.mkdir(parents=True, exist_ok=True)
+    for study in studies:
+        try:
+            outcome = carry_out(study, protocol, runs, args.cores)
+        except JobError as error:
+            sys.exit(f"evidence: error: {error}")
+        (output / f"{study.name}.json").write_text(json.dumps(to_json(outcome, machine.describe()), indent=1) + "\n")
+        (output / f"{study.name}.md").write_text(to_markdown(outcome))
+        draw(outcome, output / f"{study.name}.png")
+        print(to_markdown(outcome), flush=True)
+
+
+def carry_out(study: Study, protocol: Protocol, runs: Path, cores: Sequence[int]) -> Outcome:
+    """Chooses every contender's learning rate, then runs what the figures are taken from."""
+    search = run_all(protocol.search(study), runs, cores)
+    chosen = {
+        contender.name: best_rate([result for result in search if result.job.contender == contender])
+        for contender in study.contenders
+    }
+    return Outcome(study, protocol, search, run_all(protocol.final(study, chosen), runs, cores), chosen)
+
+
+def parse_arguments() -> argparse.Namespace:
+    names = [study.name for study in STUDIES]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--protocol", choices=PROTOCOLS, default=SMALL.name, help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STUDY", help=f"some of {', '.join(names)}")
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="default: %(default)s")
+    parser.add_argument(
+        "--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)), help="default: all of this process"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

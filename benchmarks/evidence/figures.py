@@ -1,0 +1,98 @@
+"""The figures: how many steps and seconds each contender needs to where the baseline ends."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.evidence.jobs import Result
+from benchmarks.evidence.protocol import Contender
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median over seeds, with the smallest and the largest; None where a seed never got there."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        values = sorted(values)
+        return cls(statistics.median(values), values[0], values[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One contender against one baseline.
+
+    Attributes:
+        steps, seconds: to the baseline's final metric, in parts of what the baseline took; None where a seed's run
+            never got there.
+        faster: the baseline's steps over the contender's, the reciprocal of `steps`.
+        reached: how many of the seeds got there.
+    """
+
+    contender: str
+    baseline: str
+    schedule: str
+    seeds: int
+    reached: int
+    steps: Spread | None
+    seconds: Spread | None
+
+    @property
+    def faster(self) -> Spread | None:
+        return None if self.steps is None else Spread(1 / self.steps.median, 1 / self.steps.most, 1 / self.steps.least)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"faster": None if self.faster is None else asdict(self.faster)}
+
+
+def best_rate(results: Sequence[Result]) -> float:
+    """The learning rate whose run ended best."""
+    sign = 1 if results[0].metric.better == "lower" else -1
+    return min(results, key=lambda result: sign * result.final).job.lr
+
+
+def inside(contender: Contender, lr: float) -> bool:
+    """Whether a learning rate has neighbours in the grid on both sides."""
+    return lr not in (contender.lrs[0], contender.lrs[-1])
+
+
+def reached(result: Result, target: float) -> tuple[int, float] | None:
+    """The step of the first validation at which the run was as good as `target`, and its seconds of training."""
+    for record in result.records:
+        if result.metric.key in record and result.metric.reached(record[result.metric.key], target):
+            return int(record["step"]), float(record["seconds"])
+    return None
+
+
+def compare(runs: Sequence[Result], baselines: Sequence[Result], schedule: str) -> Figure:
+    """The figure of a contender's runs against a baseline's, seed by seed.
+
+    Args:
+        runs: one or more for each seed, of which the one that got there first counts.
+        baselines: one for each seed, all on the full schedule.
+    """
+    steps, seconds = [], []
+    for baseline in baselines:
+        target, end = baseline.final, baseline.records[-1]
+        found = [reached(run, target) for run in runs if run.job.seed == baseline.job.seed]
+        first = min((hit for hit in found if hit is not None), default=None)
+        if first is not None:
+            steps.append(first[0] / end["step"])
+            seconds.append(first[1] / end["seconds"])
+    complete = len(steps) == len(baselines)
+    return Figure(
+        runs[0].job.contender.name,
+        baselines[0].job.contender.name,
+        schedule,
+        len(baselines),
+        len(steps),
+        Spread.of(steps) if complete else None,
+        Spread.of(seconds) if complete else None,
+    )
