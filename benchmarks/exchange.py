@@ -18,7 +18,7 @@ import deepspeed.comm as dist
 
 import ds_shampoo
 from benchmarks.report import table
-from launch.gpt.model import GPT, GPTConfig
+from gpt.model import GPT, GPTConfig
 
 STEPS = 12
 FP32_BYTES = 4

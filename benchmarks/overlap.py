@@ -29,8 +29,8 @@ from benchmarks.workload import windows
 from ds_shampoo import Shampoo
 from ds_shampoo.algorithm.roots import inverse_root
 from ds_shampoo.host.pool import Task, ThreadPool
-from launch.gpt.data import Corpus, load_corpus
-from launch.gpt.model import GPT, GPTConfig
+from gpt.data import Corpus, load_corpus
+from gpt.model import GPT, GPTConfig
 
 BLOCK_SIZE = 512
 ROOT_INTERVAL = 10

@@ -20,7 +20,7 @@ from benchmarks.contenders import BLOCK_SIZE, CONTENDERS, MUON, MUON_FP32, SHAMP
 from benchmarks.floor import Floor, step_floor
 from benchmarks.report import median, number, table
 from ds_shampoo.algorithm.blocks import Block, cut
-from launch.gpt.data import Corpus
+from gpt.data import Corpus
 
 # Steps that are run but not counted: state is allocated and the allocator warms up.
 UNCOUNTED_STEPS = 2

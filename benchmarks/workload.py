@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launch.gpt.data import Corpus, cut_windows, load_corpus
-from launch.gpt.model import GPT, GPTConfig
-from launch.sampling import draw
+from gpt.data import Corpus, cut_windows, load_corpus
+from gpt.model import GPT, GPTConfig
+from sampling import draw
 
 CONTEXT = 256
 WINDOWS_PER_STEP = 2

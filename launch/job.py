@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import ds_shampoo
 from command_line import effective_config
+from corpora import Corpus
 from optimizers import OptimizerError, take_optimizer
 from plots import plot_losses
 from recorder import Record, Recorder, read_metrics
@@ -183,6 +184,19 @@ def main(arguments: argparse.Namespace, make_task: Callable[[argparse.Namespace]
     say(f"training {folder.path} from step {engine.global_steps} to {arguments.steps}")
     Trainer(engine, optimizer, task, arguments, folder).run()
     report_end(folder, arguments, task)
+
+
+def data_folder(arguments: argparse.Namespace, corpus: Corpus) -> Path:
+    """What `--data` names, or else where the corpus was put.
+
+    Raises:
+        DataError: where that is not there.
+    """
+    path = arguments.data or corpus.folder
+    if not path.exists():
+        how = "" if arguments.data else f"; fetch it by `python launch/fetch_data.py {corpus.name}`"
+        raise DataError(f"{path}: no such file or folder{how}")
+    return path
 
 
 def use_cores() -> None:

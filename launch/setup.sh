@@ -68,7 +68,7 @@ install_torch() {
 }
 
 install_package() {
-    "$venv/bin/python" -m pip install --quiet --editable ".[dev,plots]"
+    "$venv/bin/python" -m pip install --quiet --editable ".[dev]"
 }
 
 # On CPU DeepSpeed compiles its collective of processes on one machine at its first use, which takes a minute.

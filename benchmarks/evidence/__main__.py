@@ -13,8 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-
 from benchmarks import machine
 from benchmarks.evidence.figures import best_rate
 from benchmarks.evidence.jobs import JobError, run_all

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.protocol import Job
-from launch.metric import Metric
-from launch.recorder import Record, read_metrics
+from metric import Metric
+from recorder import Record, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
