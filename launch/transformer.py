@@ -1,4 +1,4 @@
-"""Layers of the transformers in this folder: pre-norm, without biases, feed-forward halves four times as wide inside."""
+"""Layers of this folder's transformers: pre-norm, without biases, feed-forward halves four times as wide inside."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class ResNetTask(Task):
         return f"{len(self._train):,} images to train on, {len(self._test):,} to test"
 
     def model(self) -> nn.Module:
-        return ResNet(self.config).to(memory_format=torch.channels_last)
+        return ResNet(self.config)
 
     def training_batch(self, samples: Draw) -> Batch:
         images = augmented(self._train.images[samples.places], samples.keys)
@@ -62,8 +62,7 @@ class ResNetTask(Task):
         return {"val_accuracy": float(sums[1] / sums[2]), "val_loss": float(sums[0] / sums[2])}
 
     def _batch(self, images: Any, labels: Any) -> Batch:
-        values = normalized(images, self._mean, self._deviation)
-        return values.to(memory_format=torch.channels_last), torch.from_numpy(labels)
+        return normalized(images, self._mean, self._deviation), torch.from_numpy(labels)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,8 +25,8 @@ class TranslatorConfig:
     layers: int = 3
     d_model: int = 256
     heads: int = 4
-    longest: int = 64
-    vocab: int = 4096
+    longest: int = 48
+    vocab: int = 2048
     smoothing: float = 0.1
 
 
