@@ -28,8 +28,8 @@ SMALL += ["--steps", str(STEPS), "--save-interval", str(HALF), "--eval-interval"
 SMALL += ["--data", str(ROOT / "docs" / "algorithm.md")]
 
 
-def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the program on two CPU ranks with `deepspeed` or `torchrun`, output and errors in `stdout`."""
+def launch(launcher: str, *arguments: object, program: str = "pretrain_gpt.py") -> subprocess.CompletedProcess[str]:
+    """Runs a program on two CPU ranks with `deepspeed` or `torchrun`, output and errors in `stdout`."""
     programs = Path(sys.executable).parent
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -41,7 +41,7 @@ def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str
     # The ops' compiler is looked for on the path.
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
-    command = [programs / launcher, *ranks[launcher], ROOT / "launch" / "pretrain_gpt.py", *arguments]
+    command = [programs / launcher, *ranks[launcher], ROOT / "launch" / program, *arguments]
     return subprocess.run(
         [str(part) for part in command],
         env=environment,
