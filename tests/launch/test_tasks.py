@@ -65,17 +65,11 @@ def test_every_task_trains_with_shampoo(task: str, tmp_path: Path, data: dict[st
 
 
 def test_missing_data_is_refused_with_the_way_to_fetch_it(tmp_path: Path) -> None:
-    done = launch(
-        "torchrun",
-        "--deepspeed_config",
-        CONFIGS / "dlrm_shampoo.json",
-        "--data",
-        tmp_path / "no",
-        program="train_dlrm.py",
-    )
+    arguments = ["--deepspeed_config", CONFIGS / "dlrm_shampoo.json", "--data", tmp_path / "no"]
+    done = launch("torchrun", *arguments, program="train_dlrm.py")
     assert done.returncode != 0
+    assert "train_dlrm: error" in done.stdout
     assert "no such file or folder" in done.stdout
-    assert 'Traceback (most recent call last):\n  File "launch' not in done.stdout
 
 
 def test_a_run_with_muon_resumes_bit_for_bit(tmp_path: Path) -> None:
