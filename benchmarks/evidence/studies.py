@@ -10,17 +10,97 @@ from benchmarks.evidence.protocol import Contender, Study
 
 GPT = Study(
     name="gpt",
-    title="language model, byte GPT of 3.3M parameters",
+    title="Language model: byte GPT of 3.3M parameters",
     program="pretrain_gpt.py",
     arguments=("--autocast", "--eval-windows", "400"),
     corpus="gutenberg",
     steps=400,
     small_steps=100,
+    evaluations=20,
     contenders=(
         Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3, 4e-3)),
-        Contender("Muon", "gpt_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.45),
+        Contender("Muon", "gpt_muon.json", (4e-3, 8e-3, 16e-3), horizon=0.4),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
     ),
 )
 
-STUDIES = (GPT,)
+GPT_12M = Study(
+    name="gpt_12m",
+    title="Language model: byte GPT of 13M parameters",
+    program="pretrain_gpt.py",
+    arguments=("--autocast", "--eval-windows", "400", "--layers", "4", "--d-model", "512", "--heads", "8"),
+    corpus="gutenberg",
+    steps=300,
+    small_steps=40,
+    evaluations=15,
+    contenders=(
+        Contender("AdamW", "gpt_zero2_adamw.json", (5e-4, 1e-3, 2e-3)),
+        Contender("Muon", "gpt_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
+        Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
+    ),
+)
+
+TRANSLATION = Study(
+    name="translation",
+    title="Translation from English to German: encoder-decoder transformer of 6M parameters",
+    program="train_translation.py",
+    arguments=("--autocast",),
+    corpus="help_en_de",
+    steps=400,
+    small_steps=60,
+    evaluations=20,
+    contenders=(
+        Contender("AdamW", "translation_adamw.json", (5e-4, 1e-3, 2e-3)),
+        Contender("Muon", "translation_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.5),
+        Contender("Shampoo", "translation_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.5),
+    ),
+)
+
+BERT = Study(
+    name="bert",
+    title="Masked language model: BERT of 4.3M parameters",
+    program="pretrain_bert.py",
+    arguments=("--autocast",),
+    corpus="python_docs",
+    steps=300,
+    small_steps=60,
+    evaluations=20,
+    contenders=(
+        Contender("AdamW", "bert_adamw.json", (1e-3, 2e-3, 4e-3)),
+        Contender("Muon", "bert_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.7),
+        Contender("Shampoo", "bert_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.7),
+    ),
+)
+
+CLICKS = Study(
+    name="clicks",
+    title="Click-through: DLRM",
+    program="train_dlrm.py",
+    arguments=(),
+    corpus="flights",
+    steps=200,
+    small_steps=50,
+    contenders=(
+        Contender("AdamW", "dlrm_adamw.json", (1e-3, 2e-3, 4e-3)),
+        Contender("Muon", "dlrm_muon.json", (1e-3, 2e-3, 4e-3), horizon=0.65),
+        Contender("Shampoo", "dlrm_shampoo.json", (1e-3, 2e-3, 4e-3), horizon=0.65),
+    ),
+)
+
+IMAGES = Study(
+    name="images",
+    title="Images: residual network",
+    program="train_resnet.py",
+    arguments=("--autocast",),
+    corpus="fashion_mnist",
+    steps=200,
+    small_steps=40,
+    evaluations=40,
+    contenders=(
+        Contender("SGD", "resnet_sgd.json", (0.1, 0.2, 0.4)),
+        Contender("AdamW", "resnet_adamw.json", (4e-3, 8e-3, 16e-3), horizon=0.75),
+        Contender("Shampoo", "resnet_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.75),
+    ),
+)
+
+STUDIES = (GPT, GPT_12M, TRANSLATION, BERT, CLICKS, IMAGES)

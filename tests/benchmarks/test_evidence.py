@@ -1,0 +1,119 @@
+"""The evidence's arithmetic, on runs made by hand, and that every study can be carried out as it is written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.evidence.figures import Spread, best_rate, compare, inside, reached
+from benchmarks.evidence.jobs import Result, arguments, effective_config
+from benchmarks.evidence.protocol import FULL, SMALL, Contender, Job, Study
+from benchmarks.evidence.report import Outcome, draw, to_json, to_markdown
+from benchmarks.evidence.studies import STUDIES
+from corpora import CORPORA
+from metric import Metric
+
+ROOT = Path(__file__).resolve().parents[2]
+LOSS, ACCURACY = Metric("val_loss", "loss", "lower"), Metric("val_accuracy", "accuracy", "higher")
+FIRST = Contender("AdamW", "gpt_zero2_adamw.json", (1.0, 2.0, 4.0))
+SECOND = Contender("Shampoo", "gpt_zero2_shampoo.json", (1.0, 2.0, 4.0), horizon=0.5)
+STUDY = Study(
+    "made", "A study made by hand", "pretrain_gpt.py", (), "gutenberg", 100, 20, (FIRST, SECOND), evaluations=10
+)
+
+
+def result(contender: Contender, slope: float, seed: int = 0, steps: int = 100, metric: Metric = LOSS) -> Result:
+    """A run whose metric improves by `slope` a step and that takes a second a step, three for the second contender."""
+    sign = -1 if metric.better == "lower" else 1
+    pace = 1.0 if contender is FIRST else 3.0
+    records = [{"step": step, "loss": 1.0, "seconds": pace * step} for step in range(1, steps + 1)]
+    for record in records[9::10]:
+        record[metric.key] = 10 + sign * slope * record["step"]
+    return Result(Job(STUDY, contender, 2.0, seed, steps, 10), metric, records)
+
+
+@pytest.mark.parametrize("metric", [LOSS, ACCURACY])
+def test_the_figure_is_where_the_baseline_s_end_was_reached(metric: Metric) -> None:
+    baseline = [result(FIRST, 0.01, metric=metric)]
+    figure = compare([result(SECOND, 0.02, metric=metric)], baseline, "same")
+    assert figure.steps == Spread(0.5, 0.5, 0.5)
+    assert figure.seconds == Spread(1.5, 1.5, 1.5)
+    assert figure.faster == Spread(2.0, 2.0, 2.0)
+
+
+def test_a_validation_that_comes_late_counts_late() -> None:
+    # It gets there at step 34 and is validated at step 40.
+    assert reached(result(SECOND, 0.03), result(FIRST, 0.01).final) == (40, 120.0)
+
+
+def test_the_median_is_over_seeds_and_each_is_compared_with_its_own_baseline() -> None:
+    baselines = [result(FIRST, slope, seed) for seed, slope in enumerate((0.01, 0.02, 0.01))]
+    runs = [result(SECOND, 0.02, seed) for seed in range(3)]
+    assert compare(runs, baselines, "same").steps == Spread(0.5, 0.5, 1.0)
+
+
+def test_the_earlier_of_two_schedules_counts() -> None:
+    runs = [result(SECOND, 0.0125), result(SECOND, 0.025, steps=50)]
+    assert compare(runs, [result(FIRST, 0.01)], "own").steps == Spread(0.4, 0.4, 0.4)
+
+
+def test_a_seed_that_never_got_there_leaves_no_median() -> None:
+    baselines = [result(FIRST, 0.01, seed) for seed in range(2)]
+    figure = compare([result(SECOND, 0.02, 0), result(SECOND, 0.001, 1)], baselines, "same")
+    assert (figure.steps, figure.reached, figure.seeds) == (None, 1, 2)
+
+
+def test_the_best_rate_is_told_by_the_metric_s_better_way() -> None:
+    def at(lr: float, slope: float, metric: Metric) -> Result:
+        made = result(FIRST, slope, metric=metric)
+        return Result(Job(STUDY, FIRST, lr, 0, 100, 10), metric, made.records)
+
+    for metric in (LOSS, ACCURACY):
+        assert best_rate([at(1.0, 0.01, metric), at(2.0, 0.03, metric), at(4.0, 0.02, metric)]) == 2.0
+    assert inside(FIRST, 2.0)
+    assert not inside(FIRST, 4.0)
+
+
+def test_the_full_protocol_searches_every_grid_and_runs_every_seed() -> None:
+    search, final = FULL.search(STUDY), FULL.final(STUDY, {"AdamW": 2.0, "Shampoo": 4.0})
+    assert {(job.contender.name, job.lr) for job in search} == {
+        (n, lr) for n in ("AdamW", "Shampoo") for lr in (1, 2, 4)
+    }
+    assert {job.seed for job in search} == {0}
+    assert len(final) == 3 * 3
+    assert {(job.contender.name, job.lr, job.schedule) for job in final} == {
+        ("AdamW", 2.0, 100), ("Shampoo", 4.0, 100), ("Shampoo", 4.0, 50),
+    }  # fmt: skip
+    assert {job.schedule for job in SMALL.search(STUDY)} == {20}
+
+
+def test_a_report_says_what_was_run(tmp_path: Path) -> None:
+    runs = [result(FIRST, 0.01), result(SECOND, 0.02), result(SECOND, 0.02, steps=50)]
+    outcome = Outcome(STUDY, SMALL_BUT_LONG, [], runs, {"AdamW": 2.0, "Shampoo": 4.0})
+    written = json.loads(json.dumps(to_json(outcome, {"cpu": "one"})))
+    assert written["machine"] == {"cpu": "one"}
+    assert [run["schedule"] for run in written["runs"]] == [100, 100, 50]
+    assert {figure["schedule"] for figure in written["figures"]} == {"same", "own"}
+    table = to_markdown(outcome)
+    assert "| Shampoo | 4 | 8.0000 | 3000 | 0.50 | 0.50 | 1.50 |" in table
+    draw(outcome, tmp_path / "made.png")
+    assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
+
+
+SMALL_BUT_LONG = type(FULL)("made", (0,), grid=False, small=False)
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_every_study_can_be_carried_out(study: Study) -> None:
+    assert (ROOT / "launch" / study.program).exists()
+    assert study.corpus in CORPORA
+    sizes = {len(contender.lrs) for contender in study.contenders}
+    assert len(sizes) == 1, "grids of one size"
+    assert min(sizes) >= 3
+    for job in FULL.search(study):
+        config = effective_config(job)
+        assert config["optimizer"]["params"]["lr"] == job.lr
+        assert "--seed" in arguments(job)
+    assert all(contender.lrs == tuple(sorted(contender.lrs)) for contender in study.contenders)
