@@ -1,4 +1,4 @@
-"""Runs jobs through the `deepspeed` launcher, one per core, and skips those that are done."""
+"""Runs jobs through the `deepspeed` launcher, a core for each rank, and skips those that are done."""
 
 from __future__ import annotations
 
@@ -53,23 +53,27 @@ def run_all(jobs: Sequence[Job], runs: Path, cores: Sequence[int]) -> list[Resul
 
     Args:
         runs: folder of all runs.
-        cores: each job has one of them to itself, root threads included.
+        cores: each job has as many of them to itself as it has ranks, root threads included.
 
     Raises:
         JobError: for the first job that failed, after those under way have ended.
     """
-    free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for core in cores:
-        free.put(core)
+    ranks = max((job.study.ranks for job in jobs), default=1)
+    places = [frozenset(cores[at : at + ranks]) for at in range(0, len(cores) - ranks + 1, ranks)]
+    if not places:
+        raise JobError(f"{len(cores)} cores for jobs of {ranks} ranks: name as many with --cores at least")
+    free: queue.SimpleQueue[frozenset[int]] = queue.SimpleQueue()
+    for place in places:
+        free.put(place)
 
     def run(job: Job) -> Result:
-        core = free.get()
+        place = free.get()
         try:
-            return run_job(job, runs, core)
+            return run_job(job, runs, place)
         finally:
-            free.put(core)
+            free.put(place)
 
-    with ThreadPoolExecutor(len(cores)) as pool:
+    with ThreadPoolExecutor(len(places)) as pool:
         futures = [pool.submit(run, job) for job in jobs]
         try:
             return [future.result() for future in futures]
@@ -79,20 +83,20 @@ def run_all(jobs: Sequence[Job], runs: Path, cores: Sequence[int]) -> list[Resul
             raise
 
 
-def run_job(job: Job, runs: Path, core: int) -> Result:
-    """Runs one job on one core, unless it is done."""
+def run_job(job: Job, runs: Path, cores: frozenset[int]) -> Result:
+    """Runs one job on these cores, unless it is done."""
     study = job.study
     folder = runs / study.name / job.name
     config = effective_config(job)
-    identity = {"config": config, "program": study.program, "arguments": list(arguments(job))}
+    identity = {"config": config, "program": study.program, "arguments": list(arguments(job)), "ranks": study.ranks}
     done = folder / _DONE
     if not (done.exists() and json.loads(done.read_text()) == identity):
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
         written = folder / "deepspeed.json"
         written.write_text(json.dumps(config, indent=2) + "\n")
-        print(f"{study.name}: {job.name} on core {core}", flush=True)
-        _launch(job, runs, written, core)
+        print(f"{study.name}: {job.name} on core {', '.join(map(str, sorted(cores)))}", flush=True)
+        _launch(job, runs, written, cores)
         done.write_text(json.dumps(identity, indent=2) + "\n")
     return read_result(job, folder)
 
@@ -107,6 +111,8 @@ def effective_config(job: Job) -> dict[str, Any]:
     """The contender's JSON with the job's learning rate and overrides, and without pictures of its own."""
     config: dict[str, Any] = json.loads((ROOT / "configs" / job.contender.config).read_text())
     config["optimizer"]["params"] |= {"lr": job.lr, **dict(job.contender.overrides)}
+    if job.study.batch is not None:
+        config["train_micro_batch_size_per_gpu"] = job.study.batch
     config.pop("tensorboard", None)
     return config
 
@@ -120,13 +126,13 @@ def arguments(job: Job) -> Sequence[str]:
     )
 
 
-def _launch(job: Job, runs: Path, config: Path, core: int) -> None:
+def _launch(job: Job, runs: Path, config: Path, cores: frozenset[int]) -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
     programs = Path(sys.executable).parent
     command = [
-        *(programs / "deepspeed", "--num_gpus", "1", "--master_port", port),
+        *(programs / "deepspeed", "--num_gpus", job.study.ranks, "--master_port", port),
         *(ROOT / "launch" / job.study.program, "--deepspeed_config", config),
         *("--runs", runs / job.study.name, "--name", job.name, *arguments(job)),
     ]
@@ -140,7 +146,7 @@ def _launch(job: Job, runs: Path, config: Path, core: int) -> None:
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
     if done.returncode:
         end = "\n".join(log.read_text().splitlines()[-20:])

@@ -37,6 +37,8 @@ class Study:
         corpus: what `launch/fetch_data.py` calls its data.
         steps: optimizer steps of a run under the full and under the small protocol.
         evaluations: validations in a run of that length, which is how finely steps are told.
+        batch: samples of a rank in a step, in place of the JSONs'.
+        ranks: of each job; each has a core.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Study:
     small_steps: int
     contenders: tuple[Contender, ...]
     evaluations: int = 40
+    batch: int | None = None
+    ranks: int = 1
 
     @property
     def baseline(self) -> Contender:

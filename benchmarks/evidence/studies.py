@@ -17,6 +17,7 @@ GPT = Study(
     steps=400,
     small_steps=100,
     evaluations=20,
+    batch=8,
     contenders=(
         Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3, 4e-3)),
         Contender("Muon", "gpt_muon.json", (4e-3, 8e-3, 16e-3), horizon=0.4),
@@ -33,6 +34,7 @@ GPT_12M = Study(
     steps=300,
     small_steps=40,
     evaluations=15,
+    batch=8,
     contenders=(
         Contender("AdamW", "gpt_zero2_adamw.json", (5e-4, 1e-3, 2e-3)),
         Contender("Muon", "gpt_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
