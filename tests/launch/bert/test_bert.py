@@ -57,6 +57,7 @@ def test_validation_asks_the_same_every_time(task: BertTask) -> None:
         assert torch.equal(first, again)
 
 
+@torch.no_grad()
 def test_the_metrics_are_those_of_the_whole(task: BertTask) -> None:
     torch.manual_seed(0)
     model = task.model().eval()
