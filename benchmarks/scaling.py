@@ -36,9 +36,8 @@ class Rank:
     """What one rank measured.
 
     Attributes:
-        step_ms: processor time of its main thread in the median optimizer step, waiting for others included as far as
-            that is done by polling.
-        own_ms: of that, statistics, directions and the elementwise part: what shrinks with the number of ranks.
+        step_ms: processor time of its training thread in the median optimizer step; it sleeps while it waits for
+            others, and its root thread's time is not in it.
         owned: its share of the step's flops.
         exchange_bytes: sent in a step.
         predicted_bytes: by who holds and who owns what: fp32 gradients and filtered gradients of pieces that others
@@ -47,7 +46,6 @@ class Rank:
 
     ranks: int
     step_ms: float
-    own_ms: float
     owned: float
     exchange_bytes: float
     predicted_bytes: float
@@ -107,7 +105,7 @@ def work(args: argparse.Namespace) -> None:
     model = GPT(GPTConfig(args.layers, args.d_model, args.d_model // 64, context=32))
     engine, *_ = ds_shampoo.initialize(model=model, config=config)
     optimizer, tokens = engine.basic_optimizer, torch.randint(256, (1, 33), device=engine.device)
-    step_ms, own_ms = [], []
+    step_ms = []
     for step in range(args.steps):
         engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
         dist.barrier()
@@ -115,8 +113,6 @@ def work(args: argparse.Namespace) -> None:
         engine.step()
         if step >= UNCOUNTED_STEPS:
             step_ms.append(1e3 * (time.thread_time() - start))
-            parts = optimizer.metrics(sync=True)
-            own_ms.append(sum(parts[f"{part}_ms"] for part in ("statistics", "precondition", "elementwise")))
     units = optimizer.units()
     blocks = {block for unit in units for block in unit.sharded.table.blocks}
     owned = {slot[0] for unit in units for slot in unit.sharded.slots()}
@@ -124,7 +120,6 @@ def work(args: argparse.Namespace) -> None:
     rank = Rank(
         ranks=dist.get_world_size(),
         step_ms=statistics.median(step_ms),
-        own_ms=statistics.median(own_ms),
         owned=sum(flops[block] for block in owned) / sum(flops.values()),
         exchange_bytes=optimizer.metrics()["exchange_bytes"],
         predicted_bytes=sum(predicted_bytes(unit.sharded.table) for unit in units),
@@ -145,25 +140,24 @@ def predicted_bytes(table: BlockTable) -> int:
 def results_table(found: dict[int, list[Rank]]) -> str:
     """The slowest rank of each size, against the smallest size's time over the number of ranks."""
     least = min(found)
-    alone = max(rank.own_ms for rank in found[least]) * least
+    alone = max(rank.step_ms for rank in found[least]) * least
     rows = []
     for ranks, measured in found.items():
-        own = max(rank.own_ms for rank in measured)
+        slowest = max(rank.step_ms for rank in measured)
         rows.append(
             [
                 str(ranks),
-                number(max(rank.step_ms for rank in measured)),
-                number(own),
-                number(own * ranks / alone, 2),
+                number(slowest),
+                number(slowest * ranks / alone, 2),
                 number(max(rank.owned for rank in measured) * ranks, 2),
                 number(max(rank.exchange_bytes for rank in measured) / 1e6, 2),
                 number(max(rank.predicted_bytes for rank in measured) / 1e6, 2),
             ]
         )
-    header = ("ranks", "step ms", "own ms", "of 1/N", "share of flops x N", "exchange MB", "predicted MB")
+    header = ("ranks", "step ms", "of 1/N", "share of flops x N", "exchange MB", "predicted MB")
     return (
         f"{table(header, rows)}\n"
-        "The slowest rank's median step; own: statistics, directions and elementwise; 1 is a perfect division by N"
+        "The slowest rank's median step, in ms of its training thread's processor time; of 1/N: 1 is a perfect division"
     )
 
 
