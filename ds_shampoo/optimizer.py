@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ds_shampoo.algorithm import multi_tensor, selection
+from ds_shampoo.algorithm import multi_tensor, products, selection
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
 from ds_shampoo.config import (
@@ -338,7 +338,8 @@ class Shampoo(Optimizer):
     def _table(self) -> str:
         devices = {self._device, *(param.device for _, held in self._held() for param in held)}
         tables = render([group.table for group in self._groups.values()])
-        return f"{tables}{self._service.describe()}\n{multi_tensor.describe(devices)}"
+        work = products.describe(self._device), multi_tensor.describe(devices)
+        return "\n".join([f"{tables}{self._service.describe()}", *work])
 
     def _log_table(self) -> None:
         """Logs the table of all groups once it is whole, on the first rank of those that share it."""
