@@ -111,6 +111,11 @@ class ShardedGroup:
         with self._stopwatch.phase("elementwise"):
             elementwise.finish()
 
+    @property
+    def workspace_bytes(self) -> int:
+        """What is kept from step to step beside the state: on a CPU only."""
+        return sum(tensor.nbytes for tensors in self._kept or () for tensor in tensors)
+
     def states_by_name(self, states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """The elementwise state behind each parameter; a flat shard's is that of all its parameters."""
         if len(states) == 1:
