@@ -126,7 +126,7 @@ def bytes_of_a_rank(settings: dict[str, Any], stage: int) -> RankResult:
     return RankResult(
         moments=storage_bytes(state[key] for unit in units for state in unit.states for key in _MOMENTS),
         preconditioner=storage_bytes(tensor for stack in stacks for tensor in [*stack.factors, *stack.roots]),
-        workspace=sum(unit.sharded.workspace_bytes for unit in units),
+        workspace=optimizer.workspace_bytes,
         host=int(optimizer.metrics()["snapshot_bytes"]),
         step_peak=max(peaks),
     )

@@ -23,7 +23,7 @@ from ds_shampoo.config import (
     parse,
     parse_group,
 )
-from ds_shampoo.elementwise import new_state
+from ds_shampoo.elementwise import StepMemory, new_state
 from ds_shampoo.group import ShardedGroup, Unit
 from ds_shampoo.host.schedule import RootSchedule, stagger
 from ds_shampoo.host.service import RootService
@@ -141,6 +141,7 @@ class Shampoo(Optimizer):
         self._place_blocks()
         self._service = RootService(config, self._device)
         self._stopwatch = Stopwatch(self._device)
+        self._memory = StepMemory()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
@@ -260,6 +261,11 @@ class Shampoo(Optimizer):
         if state_dict.get("blocks"):
             load_blocks(state_dict["blocks"], self.units())
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Kept from step to step beside the state and the host's buffers; on CPUs only."""
+        return self._memory.bytes + sum(group.workspace_bytes for group in self._groups.values())
+
     def units(self) -> list[Unit]:
         """Everything that is stepped together, with its present settings and state."""
         self.prepare()
@@ -311,6 +317,7 @@ class Shampoo(Optimizer):
                 self._device,
                 self._service,
                 self._stopwatch,
+                self._memory,
                 self._places,
             )
             self._log_table()

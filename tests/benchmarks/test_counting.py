@@ -49,4 +49,5 @@ def test_allocations_are_seen() -> None:
     assert summarize([-8]) == Allocations(0, 0, -8)
     kept: list[torch.Tensor] = []
     found = allocations_of(lambda: kept.append(torch.zeros(1000).add(1)))
-    assert (found.largest, found.peak, found.kept) == (4000, 8000, 4000)
+    assert (found.largest, found.kept) == (4000, 4000)
+    assert 8000 <= found.peak < 8100
