@@ -220,7 +220,8 @@ class Shampoo(Optimizer):
         roots_failed, root_waits, root_wait_ms: jobs whose thread died or hung and that were solved in the step; how
         often a step waited for a job, and for how long in all.
         root_age_mean, root_age_max: steps since the statistics that the roots in force belong to; 0 for none.
-        root_queue_depth, root_threads_busy: jobs not begun yet, and the share of their time that threads worked.
+        root_queue_depth, root_busy_ms, root_threads_busy: jobs not begun yet, for how long the threads worked, and
+        the share of their time that this is.
         snapshot_bytes: host memory for statistics and roots on their way.
         exchange_bytes: sent to other ranks in the last step.
         elementwise_ms, exchange_ms, statistics_ms, precondition_ms: of the newest step that the device is through

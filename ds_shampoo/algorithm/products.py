@@ -29,12 +29,13 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
         product.copy_(onednn(a, b.mT))
 
 
-def accumulate_gram(target: Tensor, rows: Tensor, beta: float, weight: float) -> None:
-    """target <- beta target + weight rows rowsᵀ, of which only the lower triangles are meaningful afterwards.
+def accumulate_gram(target: Tensor, rows: Tensor, beta: float) -> None:
+    """target <- beta target + w rows rowsᵀ, of which only the lower triangles are meaningful afterwards.
 
     Args:
         target: [n, d, d] fp32.
         rows: [n, d, m] fp32, of any strides.
+        beta: w is 1 - beta, or 1 for a beta of 1.
     """
     order = rows.shape[1]
     onednn = _onednn_for(rows, order)
@@ -42,14 +43,18 @@ def accumulate_gram(target: Tensor, rows: Tensor, beta: float, weight: float) ->
         panel = order if order < _PANELS_FROM else max(_PANEL, order // 4)
         for at in range(0, order, panel):
             part = target[:, at:, at : at + panel]
+            weight = 1 - beta if beta < 1 else 1.0
             torch.baddbmm(part, rows[:, at:], rows[:, at : at + panel].mT, beta=beta, alpha=weight, out=part)
         return
     panel = order if order < _ONEDNN_PANELS_FROM else _PANEL
     for matrix, own in zip(target, rows, strict=True):
         dense = own.contiguous()
         for at in range(0, order, panel):
-            part = matrix[at:, at : at + panel]
-            part.mul_(beta).add_(onednn(dense[at:], dense[at : at + panel]), alpha=weight)
+            part, product = matrix[at:, at : at + panel], onednn(dense[at:], dense[at : at + panel])
+            if beta < 1:
+                part.lerp_(product, 1 - beta)
+            else:
+                part.add_(product)
 
 
 def describe(device: torch.device) -> str:

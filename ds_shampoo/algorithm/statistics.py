@@ -22,8 +22,7 @@ def accumulate(factor: Tensor, grad: Tensor, dim: int, beta: float) -> None:
         dim: the block dimension that the factor belongs to; d = d_dim.
         beta: decay b; the new term's weight is 1 - b, or 1 for b = 1 (the AdaGrad sum).
     """
-    weight = 1.0 - beta if beta < 1 else 1.0
-    accumulate_gram(factor, matricize(grad, dim), beta, weight)
+    accumulate_gram(factor, matricize(grad, dim), beta)
 
 
 def symmetric(factor: Tensor) -> Tensor:

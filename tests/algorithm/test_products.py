@@ -37,7 +37,7 @@ def test_gram_matrices_accumulate_in_the_lower_triangle(order: int, beta: float)
     first, rows = torch.randn(2, order, order), torch.randn(2, 150, order).mT
     target = first.clone()
     with matmul_precision("highest"):
-        products.accumulate_gram(target, rows, beta, weight)
+        products.accumulate_gram(target, rows, beta)
     expected = beta * first.double() + weight * rows.double() @ rows.double().mT
     assert torch.allclose(target.double().tril(), expected.tril(), rtol=1e-5, atol=1e-4)
 
@@ -49,10 +49,10 @@ def test_a_block_gets_the_same_bits_in_any_stack(order: int) -> None:
     grams, own = torch.zeros_like(left), torch.zeros_like(left)
     with matmul_precision("highest"):
         products.multiply(left, right, together)
-        products.accumulate_gram(grams, left, 0.5, 0.5)
+        products.accumulate_gram(grams, left, 0.5)
         for i in range(3):
             products.multiply(left[i : i + 1], right[i : i + 1], alone[i : i + 1])
-            products.accumulate_gram(own[i : i + 1], left[i : i + 1], 0.5, 0.5)
+            products.accumulate_gram(own[i : i + 1], left[i : i + 1], 0.5)
     assert torch.equal(together, alone)
     assert torch.equal(grams.tril(), own.tril())
 
