@@ -84,6 +84,12 @@ class Lane:
             self.step_ms.append(1e3 * (time.thread_time() - start))
         self.losses.append(loss.item())
 
+    def root_ms(self) -> float | None:
+        """Milliseconds per step that root threads were busy, beside the step; None where there are no such threads."""
+        found = [optimizer.metrics() for optimizer in self.optimizers if hasattr(optimizer, "metrics")]
+        busy = sum(metrics["root_busy_ms"] for metrics in found)
+        return busy / len(self.step_ms) if busy else None
+
     def state_bytes(self) -> int:
         parameters = list(self.model.parameters())
         return sum(state_bytes(optimizer, parameters) for optimizer in self.optimizers)

@@ -6,9 +6,13 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from ds_shampoo.algorithm.precision import matmul_precision
+from ds_shampoo.algorithm.products import multiply
 
 FP32_BYTES = 4
 
@@ -38,14 +42,23 @@ def cpu_model() -> str:
 def gemm_rate(order: int, dtype: torch.dtype = torch.float32, repeats: int = 8) -> float:
     """Flops per second of C = A B for square matrices of `order`, the operands staying in the cache.
 
+    In fp32 by the kernels that the package itself multiplies with: torch's own may be slower.
+
     Warm operands make it the best rate that a block of this order can hope for, hence the strictest floor.
     """
     left, right, out = (torch.randn(order, order).to(dtype) for _ in range(3))
-    torch.mm(left, right, out=out)
+    if dtype == torch.float32:
+        with matmul_precision("highest"):
+            return _rate(lambda: multiply(left[None], right[None], out[None]), 2.0 * order**3, repeats)
+    return _rate(lambda: torch.mm(left, right, out=out), 2.0 * order**3, repeats)
+
+
+def _rate(work: Callable[[], object], flops: float, repeats: int) -> float:
+    work()
     start = time.thread_time()
     for _ in range(repeats):
-        torch.mm(left, right, out=out)
-    return repeats * 2.0 * order**3 / (time.thread_time() - start)
+        work()
+    return repeats * flops / (time.thread_time() - start)
 
 
 class RateProbe:

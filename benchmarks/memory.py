@@ -1,179 +1,185 @@
-"""What an optimizer's state takes on each rank, at every ZeRO stage, under the real engine, and the peak of a step.
-
-deepspeed --num_gpus 2 benchmarks/memory.py
-"""
+"""What the optimizer keeps and takes per parameter, at every ZeRO stage, under the real engine on CPU ranks."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import deepspeed
-import deepspeed.comm as dist
-from deepspeed.accelerator import get_accelerator
-
-import ds_shampoo
 from benchmarks import machine
+from benchmarks.allocations import allocations_of
+from benchmarks.ranks import on_ranks
 from benchmarks.report import table
 from gpt.model import GPT, GPTConfig
 
-# Enough for the roots of every block to be in force.
+# Until then every block has its roots, and every buffer is there.
 STEPS = 14
-# What the preconditioner's state should stay within, in bytes of an element and rank of an even share.
+ROOT_INTERVAL = 10
+# Bytes of factors and roots for each preconditioned parameter and rank: four fp32 numbers at square blocks.
 TARGET = 16.0
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes of the fullest rank.
+class RankResult:
+    """One rank's bytes.
 
     Attributes:
-        elements: of the model; preconditioned: of those, in blocks.
-        adam: the moments, which Adam has too.
-        factors, roots: of the rank's blocks.
-        host: statistics and roots on their way to the host threads and back.
-        step: allocated at most during one step beside what is there before and after it.
+        moments: `exp_avg` and `exp_avg_sq`.
+        preconditioner: factors and roots.
+        workspace: kept on a CPU from step to step, for gathered blocks and directions.
+        host: buffers of statistics and roots on their way to and from the root threads.
+        step_peak: held at once during a step beyond what is kept.
     """
+
+    moments: int
+    preconditioner: int
+    workspace: int
+    host: int
+    step_peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The rank that keeps most, in bytes per parameter times ranks; `preconditioner` per preconditioned parameter."""
 
     stage: int
     ranks: int
-    elements: int
-    preconditioned: int
-    adam: int
-    factors: int
-    roots: int
-    host: int
-    step: int
-
-    def per_element(self, name: str) -> float:
-        """Bytes per element of an even share of the model."""
-        return getattr(self, name) * self.ranks / self.elements
-
-    @property
-    def preconditioner(self) -> float:
-        """Bytes of factors and roots per preconditioned element of an even share."""
-        return (self.factors + self.roots) * self.ranks / self.preconditioned
+    moments: float
+    preconditioner: float
+    workspace: float
+    host: float
+    step_peak: float
 
 
 def main() -> None:
     args = parse_arguments()
-    deepspeed.init_distributed()
-    found = [measured(stage, args) for stage in args.stages]
-    if dist.get_rank() == 0:
-        print(", ".join(f"{key}: {value}" for key, value in machine.describe().items()))
-        print(results_table(found))
-        if args.json:
-            results = [asdict(memory) | {"preconditioner": memory.preconditioner} for memory in found]
-            args.json.write_text(json.dumps({"machine": machine.describe(), "results": results}, indent=1) + "\n")
-
-
-def measured(stage: int, args: argparse.Namespace) -> Memory:
-    """Trains a few steps at a stage, and counts."""
-    torch.manual_seed(0)
-    params = {"lr": 1e-4, "block_size": args.block_size, "root_threads": 1}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "Shampoo", "params": params},
-    }
-    model = GPT(GPTConfig(args.layers, args.d_model, args.d_model // 64, context=32))
-    engine, *_ = ds_shampoo.initialize(model=model, config=config)
-    elements = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    tokens = torch.randint(256, (1, 33), device=engine.device)
-    peak = 0
-    for step in range(1, STEPS + 1):
-        engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
-        peak = peak_of(engine.step) if step == STEPS else engine.step() or 0
-    memory = counted(engine.basic_optimizer, stage, elements, peak)
-    engine.destroy()
-    return memory
-
-
-def counted(optimizer: ds_shampoo.Shampoo, stage: int, elements: int, step: int) -> Memory:
-    """The state of the fullest rank."""
-    units = optimizer.units()
-    slots = {id(stack): stack for unit in units for _, stack, _, _ in unit.sharded.slots()}
-    owned = [
-        sum(
-            value.nbytes
-            for unit in units
-            for state in unit.states
-            for value in state.values()
-            if torch.is_tensor(value)
-        ),
-        sum(factor.nbytes for stack in slots.values() for factor in stack.factors),
-        sum(root.nbytes for stack in slots.values() for root in stack.roots),
-        int(optimizer.metrics(sync=True)["snapshot_bytes"]),
-        step,
-    ]
-    fullest = torch.tensor(owned, dtype=torch.float64)
-    dist.all_reduce(fullest, op=dist.ReduceOp.MAX)
-    blocks = {block for unit in units for block in unit.sharded.table.blocks}
-    adam, factors, roots, host, peak = (int(value) for value in fullest.tolist())
-    preconditioned = sum(block.numel for block in blocks)
-    return Memory(stage, dist.get_world_size(), elements, preconditioned, adam, factors, roots, host, peak)
-
-
-def peak_of(step: Any) -> int:
-    """Bytes of tensors that a step allocates at most, over what there is before it."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.synchronize()
-        before = accelerator.memory_allocated()
-        accelerator.reset_peak_memory_stats()
-        step()
-        return int(accelerator.max_memory_allocated() - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate((nbytes for _, nbytes in changes), initial=0))
-
-
-def results_table(found: list[Memory]) -> str:
-    header = ("stage", "Adam's moments", "factors", "roots", "preconditioner", "host", "peak of a step")
-    rows = [
-        [
-            str(memory.stage),
-            f"{memory.per_element('adam'):.1f}",
-            f"{memory.per_element('factors'):.1f}",
-            f"{memory.per_element('roots'):.1f}",
-            f"{memory.preconditioner:.1f}",
-            f"{memory.per_element('host'):.1f}",
-            f"{memory.per_element('step'):.1f}",
-        ]
-        for memory in found
-    ]
-    first = found[0]
-    met = "met" if max(memory.preconditioner for memory in found) <= TARGET else "missed"
-    return (
-        f"{table(header, rows)}\n"
-        f"Bytes on the fullest of {first.ranks} ranks per element of an even share of {first.elements / 1e6:.1f}M; "
-        f"preconditioner: factors and roots, per element of the {first.preconditioned / 1e6:.1f}M in blocks "
-        f"(target {TARGET:.0f}: {met})"
+    print(", ".join(f"{key}: {value}" for key, value in machine.describe().items()))
+    config = GPTConfig(layers=args.layers, d_model=args.d_model, heads=8, context=32)
+    numel, inside = sizes(GPT(config), args.block_size)
+    print(
+        f"GPT of {args.layers} layers, d_model {args.d_model}: {numel / 1e6:.2f}M parameters, {inside / 1e6:.2f}M of "
+        f"them in blocks of {args.block_size} at most\n"
     )
+    rows = [
+        worst(stage, on_ranks(ranks, bytes_of_a_rank, vars(args), stage), numel, inside)
+        for ranks in args.ranks
+        for stage in args.stages
+    ]
+    print(results_table(rows))
+    if args.json:
+        found = {"machine": machine.describe(), "settings": vars(args), "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO's")
-    parser.add_argument("--layers", type=int, default=4, help="of the GPT")
-    parser.add_argument("--d-model", type=int, default=512, help="of the GPT, a multiple of 64")
-    parser.add_argument("--block-size", type=int, default=256, help="Shampoo's")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="world sizes")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4), help="ZeRO stages")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--d-model", type=int, default=512)
+    parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     return parser.parse_args()
+
+
+def sizes(model: torch.nn.Module, block_size: int) -> tuple[int, int]:
+    """The model's parameters, and those of them in blocks, by the table that the optimizer itself makes."""
+    from ds_shampoo import Shampoo
+
+    optimizer = Shampoo(model.parameters(), model=model, block_size=block_size)
+    blocks = (block for unit in optimizer.units() for block in unit.sharded.table.blocks)
+    return sum(p.numel() for p in model.parameters()), sum(math.prod(block.shape) for block in blocks)
+
+
+def bytes_of_a_rank(settings: dict[str, Any], stage: int) -> RankResult:
+    """Counts after some steps, and what one more step takes."""
+    import ds_shampoo
+
+    torch.manual_seed(0)
+    params = {"block_size": settings["block_size"], "root_interval": ROOT_INTERVAL, "root_threads": 1}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "Shampoo", "params": {"lr": 1e-4, **params}},
+    }
+    model = GPT(GPTConfig(layers=settings["layers"], d_model=settings["d_model"], heads=8, context=32))
+    engine, *_ = ds_shampoo.initialize(model=model, config=config)
+    optimizer = engine.basic_optimizer
+    peaks = _watched(optimizer)
+    tokens = torch.randint(256, (1, 33))
+    for _ in range(STEPS):
+        engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
+        peaks.clear()
+        engine.step()
+    units = optimizer.units()
+    stacks = [stack for unit in units for stack in unit.sharded.stacks]
+    return RankResult(
+        moments=storage_bytes(state[key] for unit in units for state in unit.states for key in _MOMENTS),
+        preconditioner=storage_bytes(tensor for stack in stacks for tensor in [*stack.factors, *stack.roots]),
+        workspace=optimizer.workspace_bytes,
+        host=int(optimizer.metrics()["snapshot_bytes"]),
+        step_peak=max(peaks),
+    )
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind tensors; a storage that several share counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def worst(stage: int, results: Sequence[RankResult], numel: int, inside: int) -> Row:
+    """The largest of each over the ranks, in bytes per parameter times ranks."""
+    ranks = len(results)
+
+    def most(name: str, parameters: int) -> float:
+        return float(max(getattr(result, name) for result in results)) * ranks / parameters
+
+    kept = {name: most(name, numel) for name in ("moments", "workspace", "host", "step_peak")}
+    return Row(stage, ranks, preconditioner=most("preconditioner", inside), **kept)
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    header = ("stage", "ranks", "moments", "factors and roots", "", "workspace", "host buffers", "peak of a step")
+    lines = [
+        [
+            str(row.stage),
+            str(row.ranks),
+            f"{row.moments:.2f}",
+            f"{row.preconditioner:.2f}",
+            "met" if row.preconditioner <= TARGET * (1 + 1e-3) else "missed",
+            f"{row.workspace:.2f}",
+            f"{row.host:.2f}",
+            f"{row.step_peak:.2f}",
+        ]
+        for row in rows
+    ]
+    return (
+        f"{table(header, lines)}\n"
+        "Bytes per parameter x ranks, of the rank that has most; factors and roots per preconditioned parameter "
+        f"(target {TARGET:g}). workspace: kept between steps on CPUs only; peak: in a step, beyond what is kept."
+    )
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _watched(optimizer: Any) -> list[int]:
+    """A list to which every later call of `optimizer.step` adds the peak of what it allocates."""
+    peaks: list[int] = []
+    plain = optimizer.step
+    optimizer.step = lambda *given, **named: peaks.append(allocations_of(lambda: plain(*given, **named)).peak)
+    return peaks
 
 
 if __name__ == "__main__":

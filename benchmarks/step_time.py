@@ -45,6 +45,7 @@ class Result:
     max_ms: float
     without_roots_ms: float | None
     with_roots_ms: float | None
+    root_thread_ms: float | None
     state_bytes: int
     loss: float
     step_ms: list[float]
@@ -152,6 +153,7 @@ def summarize(lane: Lane) -> Result:
         max_ms=max(times),
         without_roots_ms=median([ms for step, ms in counted if has_roots and not contender.takes_roots(step)]),
         with_roots_ms=median([ms for step, ms in counted if contender.takes_roots(step)]),
+        root_thread_ms=lane.root_ms(),
         state_bytes=lane.state_bytes(),
         loss=statistics.mean(lane.losses[-LOSS_OVER_LAST:]),
         step_ms=lane.step_ms,
@@ -167,7 +169,18 @@ def model_blocks(model: nn.Module) -> list[Block]:
 
 
 def results_table(results: Sequence[Result]) -> str:
-    header = ("optimizer", "lr", "mean", "median", "max", "without roots", "with roots", "state MB", "loss")
+    header = (
+        "optimizer",
+        "lr",
+        "mean",
+        "median",
+        "max",
+        "without roots",
+        "with roots",
+        "root threads",
+        "state MB",
+        "loss",
+    )
     rows = [
         [
             result.name,
@@ -177,6 +190,7 @@ def results_table(results: Sequence[Result]) -> str:
             number(result.max_ms),
             number(result.without_roots_ms),
             number(result.with_roots_ms),
+            number(result.root_thread_ms),
             number(result.state_bytes / 1e6),
             number(result.loss, 3),
         ]
@@ -185,7 +199,9 @@ def results_table(results: Sequence[Result]) -> str:
     return (
         f"{table(header, rows)}\n"
         "Optimizer steps in ms of one thread's processor time, the first "
-        f"{UNCOUNTED_STEPS} left out; with and without roots: medians; loss: the last {LOSS_OVER_LAST} steps' mean."
+        f"{UNCOUNTED_STEPS} left out; with and without roots: medians;\n"
+        "root threads: mean ms a step that they were busy, counted nowhere else; "
+        f"loss: the last {LOSS_OVER_LAST} steps' mean."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ _CPU_CHUNK = 256 * 1024
 # making results apart and copying them in costs more), on an accelerator by the memory of such results, 16 MiB.
 _CPU_TOGETHER = 16 * 1024
 _TOGETHER = 4 * 1024 * 1024
+# Elements of fp32 in a cache line.
+_ALIGNMENT = 16
 
 
 def new_state(param: Tensor) -> dict[str, Any]:
@@ -30,6 +33,39 @@ def new_state(param: Tensor) -> dict[str, Any]:
         "exp_avg": torch.zeros(param.shape, dtype=torch.float32, device=param.device),
         "exp_avg_sq": torch.zeros(param.shape, dtype=torch.float32, device=param.device),
     }
+
+
+class StepMemory:
+    """Memory for the length of a step: on a CPU the same every time, since fresh pages cost it more than arithmetic.
+
+    An accelerator's caching allocator does as much by itself, and lends the memory to others meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+        self._used = 0
+
+    @property
+    def bytes(self) -> int:
+        return self._flat.nbytes
+
+    def restart(self) -> None:
+        """What was given out is free again; there is room for as much as was asked for at most."""
+        if self._used > self._flat.numel():
+            self._flat = torch.empty(self._used)
+        self._used = 0
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """An uninitialised tensor like this one, flat and fp32."""
+        if tensor.device.type != "cpu":
+            return torch.empty_like(tensor)
+        begin = self._used
+        self._used += math.ceil(tensor.numel() / _ALIGNMENT) * _ALIGNMENT
+        return (
+            self._flat[begin : begin + tensor.numel()]
+            if self._used <= self._flat.numel()
+            else tensor.new_empty(tensor.shape)
+        )
 
 
 class TensorStep:
@@ -42,7 +78,9 @@ class TensorStep:
         step: its count, this step included.
     """
 
-    def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], settings: GroupSettings) -> None:
+    def __init__(
+        self, param: Tensor, grad: Tensor, state: dict[str, Any], settings: GroupSettings, memory: StepMemory
+    ) -> None:
         if grad.is_sparse:
             raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
         self.param = param
@@ -53,8 +91,8 @@ class TensorStep:
         self.grad = grad.reshape(-1).to(torch.float32)
         if settings.weight_decay and not settings.decoupled_weight_decay:
             self.grad = self.grad.add(param.reshape(-1), alpha=settings.weight_decay)
-        self.vector = torch.empty_like(self.grad) if settings.momentum == "before" else self.grad
-        self.update = torch.empty_like(self.grad)
+        self.vector = memory.empty_like(self.grad) if settings.momentum == "before" else self.grad
+        self.update = memory.empty_like(self.grad)
 
 
 class ElementwiseStep:

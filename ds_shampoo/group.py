@@ -14,7 +14,7 @@ from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import matmul_precision
 from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
 from ds_shampoo.config import GroupSettings
-from ds_shampoo.elementwise import ElementwiseStep, TensorStep
+from ds_shampoo.elementwise import ElementwiseStep, StepMemory, TensorStep
 from ds_shampoo.host.roots import RootCounts, RootKeeper
 from ds_shampoo.host.schedule import RootSchedule
 from ds_shampoo.host.service import RootService
@@ -53,14 +53,16 @@ class ShardedGroup:
         device: torch.device,
         service: RootService,
         stopwatch: Stopwatch,
+        memory: StepMemory,
         places: Mapping[Block, int],
     ) -> None:
         """
         Args:
             device: where blocks are kept and preconditioned; shards may lie on the host (ZeRO-Offload).
+            memory: for the vectors of a step; all groups', since they step one after another.
             places: every block's, in `stagger`'s order.
         """
-        self.table, self._device, self._stopwatch = table, device, stopwatch
+        self.table, self._device, self._stopwatch, self._memory = table, device, stopwatch, memory
         partition, blocks, owners = table.partition, table.blocks, table.owners
         self._ordinals = table.owned()
         self._rows = [torch.tensor(ordinals, device=device) for ordinals in self._ordinals]
@@ -93,12 +95,13 @@ class ShardedGroup:
                 ranks hold all of it.
             states: their elementwise state (`new_state`), updated in place.
         """
+        self._memory.restart()
         tensors: list[TensorStep | None] = []
         for param, state in zip(held, states, strict=True):
             grad = param.grad
             if grad is None and self.plan.moves and param.requires_grad:  # others wait for this rank's pieces
                 grad = torch.zeros_like(param)
-            tensors.append(None if grad is None else TensorStep(param, grad, state, settings))
+            tensors.append(None if grad is None else TensorStep(param, grad, state, settings, self._memory))
         present = [tensor for tensor in tensors if tensor is not None]
         if not present and not self.plan.moves:
             return
@@ -110,6 +113,11 @@ class ShardedGroup:
             self._precondition(tensors, settings)
         with self._stopwatch.phase("elementwise"):
             elementwise.finish()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What is kept from step to step beside the state: on a CPU only."""
+        return sum(tensor.nbytes for tensors in self._kept or () for tensor in tensors)
 
     def states_by_name(self, states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """The elementwise state behind each parameter; a flat shard's is that of all its parameters."""

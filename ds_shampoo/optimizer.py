@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ds_shampoo.algorithm import multi_tensor, selection
+from ds_shampoo.algorithm import multi_tensor, products, selection
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
 from ds_shampoo.config import (
@@ -23,7 +23,7 @@ from ds_shampoo.config import (
     parse,
     parse_group,
 )
-from ds_shampoo.elementwise import new_state
+from ds_shampoo.elementwise import StepMemory, new_state
 from ds_shampoo.group import ShardedGroup, Unit
 from ds_shampoo.host.schedule import RootSchedule, stagger
 from ds_shampoo.host.service import RootService
@@ -141,6 +141,7 @@ class Shampoo(Optimizer):
         self._place_blocks()
         self._service = RootService(config, self._device)
         self._stopwatch = Stopwatch(self._device)
+        self._memory = StepMemory()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
@@ -219,7 +220,8 @@ class Shampoo(Optimizer):
         roots_failed, root_waits, root_wait_ms: jobs whose thread died or hung and that were solved in the step; how
         often a step waited for a job, and for how long in all.
         root_age_mean, root_age_max: steps since the statistics that the roots in force belong to; 0 for none.
-        root_queue_depth, root_threads_busy: jobs not begun yet, and the share of their time that threads worked.
+        root_queue_depth, root_busy_ms, root_threads_busy: jobs not begun yet, for how long the threads worked, and
+        the share of their time that this is.
         snapshot_bytes: host memory for statistics and roots on their way.
         exchange_bytes: sent to other ranks in the last step.
         elementwise_ms, exchange_ms, statistics_ms, precondition_ms: of the newest step that the device is through
@@ -259,6 +261,11 @@ class Shampoo(Optimizer):
         self.prepare()
         if state_dict.get("blocks"):
             load_blocks(state_dict["blocks"], self.units())
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Kept from step to step beside the state and the host's buffers; on CPUs only."""
+        return self._memory.bytes + sum(group.workspace_bytes for group in self._groups.values())
 
     def units(self) -> list[Unit]:
         """Everything that is stepped together, with its present settings and state."""
@@ -311,6 +318,7 @@ class Shampoo(Optimizer):
                 self._device,
                 self._service,
                 self._stopwatch,
+                self._memory,
                 self._places,
             )
             self._log_table()
@@ -338,7 +346,8 @@ class Shampoo(Optimizer):
     def _table(self) -> str:
         devices = {self._device, *(param.device for _, held in self._held() for param in held)}
         tables = render([group.table for group in self._groups.values()])
-        return f"{tables}{self._service.describe()}\n{multi_tensor.describe(devices)}"
+        work = products.describe(self._device), multi_tensor.describe(devices)
+        return "\n".join([f"{tables}{self._service.describe()}", *work])
 
     def _log_table(self) -> None:
         """Logs the table of all groups once it is whole, on the first rank of those that share it."""

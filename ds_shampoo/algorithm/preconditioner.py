@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.products import multiply
 from ds_shampoo.algorithm.statistics import accumulate
 
 
@@ -103,9 +104,9 @@ def mode_product(matrix: Tensor, stacked: Tensor, dim: int, out: Tensor) -> None
     shape = stacked.shape
     count, before, order = shape[0], shape[1 : dim + 1].numel(), shape[dim + 1]
     if before == 1:
-        torch.bmm(matrix, stacked.view(count, order, -1), out=out.view(count, order, -1))
+        multiply(matrix, stacked.view(count, order, -1), out.view(count, order, -1))
     elif dim + 2 == len(shape):
-        torch.bmm(stacked.view(count, before, order), matrix, out=out.view(count, before, order))
+        multiply(stacked.view(count, before, order), matrix, out.view(count, before, order))
     else:
         torch.matmul(
             matrix.unsqueeze(1), stacked.view(count, before, order, -1), out=out.view(count, before, order, -1)

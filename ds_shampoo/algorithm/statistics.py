@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# From this order on only the lower triangle is computed, panel by panel: a panel of a quarter of the order
-# (at least 128) does 62 to 75 per cent of the full product's flops, and wins from order 256 on.
-_PANELS_FROM = 256
-_MIN_PANEL = 128
+from ds_shampoo.algorithm.products import accumulate_gram
 
 
 def matricize(grad: Tensor, dim: int) -> Tensor:
@@ -25,13 +22,7 @@ def accumulate(factor: Tensor, grad: Tensor, dim: int, beta: float) -> None:
         dim: the block dimension that the factor belongs to; d = d_dim.
         beta: decay b; the new term's weight is 1 - b, or 1 for b = 1 (the AdaGrad sum).
     """
-    weight = 1.0 - beta if beta < 1 else 1.0
-    rows = matricize(grad, dim)
-    order = rows.shape[1]
-    panel = order if order < _PANELS_FROM else max(_MIN_PANEL, order // 4)
-    for at in range(0, order, panel):
-        target = factor[:, at:, at : at + panel]
-        torch.baddbmm(target, rows[:, at:], rows[:, at : at + panel].mT, beta=beta, alpha=weight, out=target)
+    accumulate_gram(factor, matricize(grad, dim), beta)
 
 
 def symmetric(factor: Tensor) -> Tensor:

@@ -132,6 +132,10 @@ class ThreadPool:
         """Tasks that wait to be begun."""
         return self._crew.queued()
 
+    def busy_s(self) -> float:
+        """Seconds in which the threads were solving something, all of them together."""
+        return self._crew.busy_s()
+
     def busy_share(self) -> float:
         """The part of the threads' time, since the first task, in which they were solving something."""
         return self._crew.busy_share()
@@ -216,12 +220,18 @@ class _Crew:
         with self._changed:
             return len(self._queue)
 
+    def busy_s(self) -> float:
+        with self._changed:
+            return self._busy_until(time.monotonic())
+
     def busy_share(self) -> float:
         with self._changed:
             now = time.monotonic()
-            running = sum(now - worker.began for worker in self._workers if worker.task is not None)
             passed = (now - self._first) * self._threads
-            return (self._busy_s + running) / passed if self._first and passed > 0 else 0.0
+            return self._busy_until(now) / passed if self._first and passed > 0 else 0.0
+
+    def _busy_until(self, now: float) -> float:
+        return self._busy_s + sum(now - worker.began for worker in self._workers if worker.task is not None)
 
     def close(self, seconds: float) -> None:
         with self._changed:

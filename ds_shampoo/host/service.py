@@ -100,6 +100,7 @@ class RootService:
             "root_wait_ms": 1e3 * pool.wait_s if pool else 0.0,
             "roots_failed": pool.lost if pool else 0,
             "root_queue_depth": pool.queue_depth() if pool else 0,
+            "root_busy_ms": 1e3 * pool.busy_s() if pool else 0.0,
             "root_threads_busy": pool.busy_share() if pool else 0.0,
             "snapshot_bytes": self.transfers.bytes,
         }

@@ -1,0 +1,104 @@
+"""The step's stacked matrix products: torch's batched ones, or oneDNN's fp32 kernels where those are faster."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Below so many multiplications a product is over before oneDNN's call has paid: even at order 96 to 128.
+_WORTH_ONEDNN = 128**3
+# From this order on only the lower triangle of a Gram matrix is computed, panel by panel: 62 to 75 per cent of the
+# full product's flops. oneDNN is so much faster in large products that panels of 256 gain nothing.
+_PANELS_FROM, _ONEDNN_PANELS_FROM = 256, 512
+_PANEL = 128
+
+# left [m, k] and right [l, k], both contiguous, or `right` the transpose of a contiguous tensor: left rightᵀ, new.
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out <- left right, for stacks [n, m, k] and [n, k, l] fp32, all contiguous; `out` is neither of them."""
+    onednn = _onednn_for(left, right.shape[2])
+    if onednn is None:
+        torch.bmm(left, right, out=out)
+        return
+    for product, a, b in zip(out, left, right, strict=True):
+        product.copy_(onednn(a, b.mT))
+
+
+def accumulate_gram(target: Tensor, rows: Tensor, beta: float) -> None:
+    """target <- beta target + w rows rowsᵀ, of which only the lower triangles are meaningful afterwards.
+
+    Args:
+        target: [n, d, d] fp32.
+        rows: [n, d, m] fp32, of any strides.
+        beta: w is 1 - beta, or 1 for a beta of 1.
+    """
+    order = rows.shape[1]
+    onednn = _onednn_for(rows, order)
+    if onednn is None:
+        panel = order if order < _PANELS_FROM else max(_PANEL, order // 4)
+        for at in range(0, order, panel):
+            part = target[:, at:, at : at + panel]
+            weight = 1 - beta if beta < 1 else 1.0
+            torch.baddbmm(part, rows[:, at:], rows[:, at : at + panel].mT, beta=beta, alpha=weight, out=part)
+        return
+    panel = order if order < _ONEDNN_PANELS_FROM else _PANEL
+    for matrix, own in zip(target, rows, strict=True):
+        dense = own.contiguous()
+        for at in range(0, order, panel):
+            _take_in(matrix[at:, at : at + panel], onednn(dense[at:], dense[at : at + panel]), beta)
+
+
+def _take_in(part: Tensor, product: Tensor, beta: float) -> None:
+    if beta < 1:
+        part.lerp_(product, 1 - beta)
+    else:
+        part.add_(product)
+
+
+def describe(device: torch.device) -> str:
+    """One line for the table at start."""
+    return f"products: by {'oneDNN' if device.type == 'cpu' and onednn_product() else 'torch'} on {device.type}"
+
+
+def _onednn_for(left: Tensor, columns: int) -> Multiply | None:
+    """oneDNN's product, where it is worth its call for left [n, m, k] and so many columns of the result."""
+    if left.device.type != "cpu" or left.shape[1] * left.shape[2] * columns < _WORTH_ONEDNN:
+        return None
+    return onednn_product() if _strictly_fp32() else None
+
+
+def _strictly_fp32() -> bool:
+    """Whether `matmul_precision` is "highest"; with any other torch itself calls oneDNN where that gains."""
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # torch before 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return bool(torch.backends.mkldnn.matmul.fp32_precision == "ieee")
+
+
+@functools.cache
+def onednn_product() -> Multiply | None:
+    """oneDNN's fp32 product on processors with AVX-512, where it can be called and passes a trial.
+
+    torch's own fp32 products are MKL's, which keeps to AVX2 on AMD's processors: half the rate. torch has no
+    public way to ask for oneDNN's in plain fp32; this operator is the one that TorchInductor calls.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return None
+    try:
+        linear = torch.ops.mkldnn._linear_pointwise.default
+
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            found: Tensor = linear(left, right, None, "none", [], "")
+            return found
+
+        left, right = torch.linspace(-1, 2, 48).view(6, 8), torch.linspace(0.5, 3, 40).view(8, 5)
+        trials = product(left, right.mT), product(left, right.mT.contiguous())
+        if not all(torch.allclose(trial.double(), left.double() @ right.double()) for trial in trials):
+            return None
+    except Exception:  # another signature, or a torch built without oneDNN
+        return None
+    return product
