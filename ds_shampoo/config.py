@@ -71,6 +71,9 @@ class GroupSettings(BaseModel):
     momentum: Literal["before", "after"] = "before"
     nesterov: bool = True
     grafting: Grafting = "adam"
+    preconditioner: Literal["shampoo", "spectral"] = "shampoo"
+    # The root mean square of a block's direction in place of the grafting step's norm.
+    direction_rms: Annotated[float, Field(gt=0)] | None = None
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
     merge_small_dims: bool = True

@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import matmul_precision
-from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
+from ds_shampoo.algorithm.preconditioner import PRECONDITIONERS, ShampooPreconditioner
 from ds_shampoo.config import GroupSettings
 from ds_shampoo.elementwise import ElementwiseStep, StepMemory, TensorStep
 from ds_shampoo.host.roots import RootCounts, RootKeeper
@@ -66,7 +66,8 @@ class ShardedGroup:
         partition, blocks, owners = table.partition, table.blocks, table.owners
         self._ordinals = table.owned()
         self._rows = [torch.tensor(ordinals, device=device) for ordinals in self._ordinals]
-        self.stacks = [ShampooPreconditioner([blocks[i] for i in ordinals], device) for ordinals in self._ordinals]
+        build = PRECONDITIONERS[settings.preconditioner]
+        self.stacks = [build([blocks[i] for i in ordinals], device) for ordinals in self._ordinals]
         self.counts = RootCounts()
         self._keepers = [
             RootKeeper(stack, [places[block] for block in stack.blocks], service, self.counts) for stack in self.stacks
@@ -193,7 +194,7 @@ class ShardedGroup:
             directions = [
                 _rescaled(
                     stack.apply(vector, spare) if any(stack.ready) else vector.zero_(),
-                    squares[rows] if settings.grafting != "none" else None,
+                    _target_squares(squares[rows], stack.blocks[0].numel, settings),
                 )
                 for stack, rows, vector, spare in zip(self.stacks, self._rows, vectors, scratch, strict=True)
             ]
@@ -242,6 +243,13 @@ class ShardedGroup:
         if self._device.type == "cpu":
             self._kept = gathered, scratch
         return gathered, scratch
+
+
+def _target_squares(grafted: Tensor, numel: int, settings: GroupSettings) -> Tensor | None:
+    """The squared norms that directions are brought to, given their grafting steps'; None to leave them as they are."""
+    if settings.direction_rms is not None:
+        return torch.full_like(grafted, settings.direction_rms**2 * numel)
+    return grafted if settings.grafting != "none" else None
 
 
 def _rescaled(directions: Tensor, squares: Tensor | None) -> Tensor:

@@ -55,12 +55,15 @@ class Shampoo(Optimizer):
         nesterov: look one step ahead in that average.
         grafting: whose step length each block takes: none, sgd, adagrad, rmsprop, adam, or one of the last four
             with "_normalized".
+        preconditioner: "shampoo", or "spectral": spectral descent in the coordinates that the statistics give.
+        direction_rms: every preconditioned block's direction gets this root mean square per element; None for the
+            norm of its grafting step.
         block_size: dimensions are cut at multiples of this.
         max_preconditioner_dim: a larger dimension is left unpreconditioned; None for no limit.
         merge_small_dims: fold small adjacent dimensions of tensors with three or more.
         embedding: what embeddings and output heads get: "diagonal" (grafting only), "one_sided" or "blocked".
         matrix_epsilon: ridge of the inverse roots, relative to the largest eigenvalue.
-        inverse_exponent_override: the root's order p in place of twice the number of factors.
+        inverse_exponent_override: the root's order p; None for twice the number of factors, for "spectral" four times.
         start_preconditioning_step: the first preconditioned step, counted from 1.
         statistics_beta: decay of the Kronecker factors; 1 sums them as AdaGrad does.
         statistics_interval, root_interval: steps between updates of factors and of roots.
@@ -96,6 +99,8 @@ class Shampoo(Optimizer):
         momentum: Literal["before", "after"] = "before",
         nesterov: bool = True,
         grafting: Grafting = "adam",
+        preconditioner: Literal["shampoo", "spectral"] = "shampoo",
+        direction_rms: float | None = None,
         block_size: int = 1024,
         max_preconditioner_dim: int | None = None,
         merge_small_dims: bool = True,

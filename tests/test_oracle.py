@@ -36,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "merge_small_dims": True,
     "embedding": "diagonal",
     "matrix_epsilon": 1e-3,
+    "preconditioner": "shampoo",
+    "direction_rms": None,
     "inverse_exponent_override": None,
     "start_preconditioning_step": 1,
     "statistics_beta": 0.9,
@@ -182,18 +184,26 @@ class Oracle:
                 continue
             self.install(block, t)
             if (t - start - block["place"]) % s["root_interval"] == 0:
-                roots = [self.root(block, k, 2 * len(blocks["on"])) for k in range(len(blocks["on"]))]
+                p = (2 if s["preconditioner"] == "shampoo" else 4) * len(blocks["on"])
+                roots = [self.root(block, k, p) for k in range(len(blocks["on"]))]
                 block["coming"] = (t + self.delay(), roots)
                 self.install(block, t)
             if any(root is None for root in block["X"]):
                 continue
-            d = x[place]
-            for root, i in zip(block["X"], blocks["on"], strict=True):
-                d = torch.tensordot(root, d, dims=([1], [i])).movedim(0, i)
-            if s["grafting"] != "none":
+            d = self.rooted(block, blocks["on"], x[place])
+            if s["preconditioner"] == "spectral":
+                d = self.rooted(block, blocks["on"], orthogonal(d))
+            if s["direction_rms"] is not None:
+                d = d * s["direction_rms"] * d.numel() ** 0.5 / d.norm()
+            elif s["grafting"] != "none":
                 d = d * (u[place].norm() / d.norm()) if d.norm() > 0 else torch.zeros_like(d)
             u[place] = d
         return u.view(a.shape)
+
+    def rooted(self, block: dict[str, Any], on: list[int], d: Tensor) -> Tensor:
+        for root, i in zip(block["X"], on, strict=True):
+            d = torch.tensordot(root, d, dims=([1], [i])).movedim(0, i)
+        return d
 
     def delay(self) -> int:
         if self.s["root_delay"] is not None:
@@ -218,6 +228,15 @@ class Oracle:
         w, q = torch.linalg.eigh(a)
         block["A0"][k] = a
         return q @ torch.diag((w + s["matrix_epsilon"] * w[-1]) ** (-1 / p)) @ q.T
+
+
+def orthogonal(d: Tensor) -> Tensor:
+    """Five Newton-Schulz steps, by what they do to singular values."""
+    u, s, vh = torch.linalg.svd(d.flatten(1), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (u @ torch.diag(s) @ vh).view(d.shape)
 
 
 def gradients(step: int) -> dict[str, Tensor]:
@@ -289,6 +308,11 @@ def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> 
         {"max_preconditioner_dim": 9},
         {"max_preconditioner_dim": 9, "embedding": "one_sided"},
         {"inverse_exponent_override": 3},
+        {"preconditioner": "spectral"},
+        {"preconditioner": "spectral", "direction_rms": 0.2, "momentum": "after"},
+        {"preconditioner": "spectral", "embedding": "one_sided", "block_size": 40, "merge_small_dims": False},
+        {"preconditioner": "spectral", "inverse_exponent_override": 4, "grafting": "none"},
+        {"direction_rms": 0.3},
         {"block_size": 5},
         {"block_size": 64},
         {"block_size": 40, "merge_small_dims": False},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.orthogonal import STEPS
 
 FP32_BYTES = 4
 
@@ -15,9 +16,13 @@ def statistics_flops(block: Block) -> float:
     return sum(2.0 * block.numel * dim for dim in block.factor_dims)
 
 
-def direction_flops(block: Block) -> float:
-    """One multiplication by every inverse root."""
-    return sum(2.0 * block.numel * dim for dim in block.factor_dims)
+def direction_flops(block: Block, preconditioner: str = "shampoo") -> float:
+    """One multiplication by every inverse root; "spectral" has two, and an orthogonalisation between them."""
+    rotation = sum(2.0 * block.numel * dim for dim in block.factor_dims)
+    if preconditioner == "shampoo":
+        return rotation
+    order = min(block.shape[0], block.numel // block.shape[0])
+    return 2 * rotation + STEPS * (4.0 * order * block.numel + 2.0 * order**3)
 
 
 def root_flops(block: Block) -> float:
@@ -25,9 +30,12 @@ def root_flops(block: Block) -> float:
     return sum(ROOT_FLOPS_PER_CUBE * dim**3 for dim in block.factor_dims)
 
 
-def step_flops(block: Block, statistics_interval: int, root_interval: int) -> float:
+def step_flops(
+    block: Block, statistics_interval: int, root_interval: int, preconditioner: str = "shampoo"
+) -> float:
     """The mean work of one step, which is what ownership balances."""
-    return statistics_flops(block) / statistics_interval + direction_flops(block) + root_flops(block) / root_interval
+    direction = direction_flops(block, preconditioner)
+    return statistics_flops(block) / statistics_interval + direction + root_flops(block) / root_interval
 
 
 def state_bytes(block: Block) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.orthogonal import orthogonalize
 from ds_shampoo.algorithm.products import multiply
 from ds_shampoo.algorithm.statistics import accumulate
 
@@ -18,6 +19,7 @@ class Preconditioner(Protocol):
 
     blocks: tuple[Block, ...]
     ready: list[bool]
+    root_order: int
 
     def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
         """Folds block gradients [n, *shape] into the statistics of `slots`."""
@@ -42,6 +44,7 @@ class ShampooPreconditioner:
         factors, roots: one tensor per preconditioned dimension, in the order of `Block.preconditioned`.
         updates: how often each slot's statistics were updated.
         ready: whether each slot's roots are all in force.
+        root_order: p of the roots A^(-1/p).
     """
 
     def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
@@ -49,6 +52,7 @@ class ShampooPreconditioner:
         count, dims = len(blocks), blocks[0].factor_dims
         self.factors = [torch.zeros(count, dim, dim, device=device) for dim in dims]
         self.roots = [torch.zeros(count, dim, dim, device=device) for dim in dims]
+        self.root_order = 2 * len(dims)
         self.updates = [0] * count
         self.ready = [False] * count
 
@@ -94,6 +98,30 @@ class ShampooPreconditioner:
                 tensor[slot].copy_(value)
         self.updates[slot] = int(state["updates"])
         self.ready[slot] = bool(state["ready"])
+
+
+class SpectralPreconditioner(ShampooPreconditioner):
+    """Spectral descent in Shampoo's coordinates: whitened halfway, made orthogonal, and taken back.
+
+    For a matrix X_L msign(X_L V X_R) X_R, where msign(U S Vᵀ) = U Vᵀ: the steepest direction under a spectral norm that
+    the statistics have bent (Zhang et al., "Mousse", arXiv 2603.09697; there with exponents of -1/8 too, and over
+    whole matrices). A root applied twice has half of Shampoo's exponent.
+    """
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
+        super().__init__(blocks, device)
+        self.root_order *= 2
+
+    def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
+        """The directions; a block of more than two dimensions is orthogonal as its first against the others."""
+        whitened = super().apply(vectors, scratch)
+        other = scratch if whitened is vectors else vectors
+        count, rows = whitened.shape[:2]
+        orthogonalize(whitened.view(count, rows, -1), other.view(count, rows, -1))
+        return super().apply(other, whitened)
+
+
+PRECONDITIONERS = {"shampoo": ShampooPreconditioner, "spectral": SpectralPreconditioner}
 
 
 def mode_product(matrix: Tensor, stacked: Tensor, dim: int, out: Tensor) -> None:

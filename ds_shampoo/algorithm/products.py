@@ -20,7 +20,10 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out <- left right, for stacks [n, m, k] and [n, k, l] fp32, all contiguous; `out` is neither of them."""
+    """out <- left right, for stacks [n, m, k] and [n, k, l] fp32; `out` is neither of them.
+
+    All are contiguous, but `right` may be the transpose (`mT`) of a contiguous stack.
+    """
     onednn = _onednn_for(left, right.shape[2])
     if onednn is None:
         torch.bmm(left, right, out=out)

@@ -67,6 +67,7 @@ class _BlockRoots:
         failures: consecutive boundaries at which a factor was rejected.
         setbacks: all of them.
         rooted_at: the step whose statistics the roots in force belong to; 0 for none.
+        order: p of the roots in force; 0 for none.
         pending: the jobs under way, if any.
     """
 
@@ -75,6 +76,7 @@ class _BlockRoots:
     failures: int = 0
     setbacks: int = 0
     rooted_at: int = 0
+    order: int = 0
     pending: _Pending | None = field(default=None, repr=False)
 
 
@@ -123,6 +125,7 @@ class RootKeeper:
             "failures": block.failures,
             "setbacks": block.setbacks,
             "rooted_at": block.rooted_at,
+            "order": block.order,
         }
         if block.pending is not None:
             state["pending"] = {
@@ -134,23 +137,35 @@ class RootKeeper:
         return state
 
     def load_block_state(self, slot: int, state: Mapping[str, Any], settings: GroupSettings) -> None:
-        """Takes back what `block_state` gave; jobs that were under way begin again, and are due when they were."""
+        """Takes back what `block_state` gave; jobs that were under way begin again, and are due when they were.
+
+        Roots of another order, of a job with other settings, are dropped: the block takes its grafting step until
+        its next ones are due.
+        """
+        factors = len(self._stack.factors)
+        order = int(state.get("order", 0))
+        usable = order in (0, self._order(settings))
         rooted: list[Tensor | None] = [tensor.to("cpu", copy=True) for tensor in state["rooted"]]
-        if len(rooted) != len(self._stack.factors):
-            rooted = [None] * len(self._stack.factors)
+        if len(rooted) != factors or not usable:
+            rooted = [None] * factors
         block = self._blocks[slot] = _BlockRoots(
             rooted,
-            [bool(solved) for solved in state["solved"]],
+            [bool(solved) and usable for solved in state["solved"]],
             int(state["failures"]),
             int(state["setbacks"]),
-            int(state["rooted_at"]),
+            int(state["rooted_at"]) if usable else 0,
+            order if usable else 0,
         )
+        self._stack.ready[slot] &= usable
         pending = state.get("pending")
         if pending is not None:
             snapshots = [self._service.transfers.snapshot(tensor) for tensor in pending["snapshots"]]
             begun_at, due_at = int(pending["begun_at"]), int(pending["due_at"])
             jobs = self._jobs(block, snapshots, [float(c) for c in pending["corrections"]], settings)
             block.pending = self._submit(slot, begun_at, due_at, jobs)
+
+    def _order(self, settings: GroupSettings) -> int:
+        return settings.inverse_exponent_override or self._stack.root_order
 
     def _begin(self, slot: int, step: int, delay: int, settings: GroupSettings) -> None:
         stack, block = self._stack, self._blocks[slot]
@@ -162,7 +177,7 @@ class RootKeeper:
     def _jobs(
         self, block: _BlockRoots, snapshots: Sequence[HostCopy], corrections: Sequence[float], settings: GroupSettings
     ) -> list[RootJob]:
-        p = settings.inverse_exponent_override or 2 * len(snapshots)
+        p = self._order(settings)
         threshold = settings.root_refresh_threshold
         return [
             RootJob(
@@ -190,6 +205,7 @@ class RootKeeper:
             self._service.collect(task, job.snapshot) for task, job in zip(pending.tasks, pending.jobs, strict=True)
         ]
         block.pending = None
+        block.order = pending.jobs[0].p
         reasons = []
         for factor, answer in enumerate(answers):
             self._install(slot, factor, answer)

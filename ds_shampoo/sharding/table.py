@@ -75,7 +75,10 @@ def block_table(
     }
     blocks = [block for found, _ in blocked.values() if found is not None for block in found.blocks]
     pieces = _pieces(partition.fragments, blocked, blocks)
-    costs = [cost.step_flops(block, settings.statistics_interval, settings.root_interval) for block in blocks]
+    costs = [
+        cost.step_flops(block, settings.statistics_interval, settings.root_interval, settings.preconditioner)
+        for block in blocks
+    ]
     owners = assign(costs, _homes(len(blocks), pieces, partition.world_size), loads)
     for owner, load in zip(owners, costs, strict=True):
         loads[owner] += load

@@ -188,3 +188,24 @@ def test_relative_move_is_blind_to_scale() -> None:
     moved, scale = relative_move(matrix, torch.diag(torch.tensor([4.0, 3.0])))
     assert moved == pytest.approx(0.2 * math.sqrt(2))
     assert scale == pytest.approx(1.0)
+
+
+def test_roots_of_another_order_are_dropped_and_the_statistics_kept() -> None:
+    stack, keeper, _ = make()
+    stack.update(grads(0), [0], BETA)
+    keeper.advance([1], settings())
+    saved = {**stack.block_state(0), **keeper.block_state(0)}
+
+    same, same_keeper, _ = make()
+    same.load_block_state(0, saved)
+    same_keeper.load_block_state(0, saved, settings())
+    assert same.ready == [True]
+
+    other, other_keeper, _ = make()
+    other.load_block_state(0, saved)
+    other_keeper.load_block_state(0, saved, settings(inverse_exponent_override=8))
+    assert other.ready == [False]
+    assert torch.equal(other.factors[0], stack.factors[0])
+    other_keeper.advance([2], settings(inverse_exponent_override=8))
+    assert other.ready == [True]
+    assert torch.allclose(other.roots[0][0] @ other.roots[0][0], stack.roots[0][0], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,44 @@
+"""Newton-Schulz iteration: singular values near one, singular vectors kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ds_shampoo.algorithm.orthogonal import orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 6), (2, 5, 160), (2, 160, 5), (1, 160, 160), (2, 7, 1)])
+def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-5
+    u, s, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    found = torch.empty_like(matrices)
+    orthogonalize(matrices.clone(), found)
+    # In the basis of the singular vectors the result is diagonal.
+    inner = u.mT @ found.double() @ vh.mT
+    values = inner.diagonal(dim1=1, dim2=2)
+    apart = inner - torch.diag_embed(values)
+    assert apart.abs().max() < 1e-3
+    large = s / torch.linalg.vector_norm(s, dim=1, keepdim=True) > 0.01
+    assert large.any()
+    assert values[large].min() > 0.65
+    assert values.max() < 1.2
+    assert torch.allclose(u @ inner @ vh, found.double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 9), (2, 9, 4)])
+def test_one_zero_matrix_of_a_stack_stays_zero(shape: tuple[int, int, int]) -> None:
+    matrices = torch.ones(shape)
+    matrices[0] = 0
+    found = torch.full(shape, 5.0)
+    orthogonalize(matrices, found)
+    assert found[0].count_nonzero() == 0
+    assert found[1].norm() > 0.5
+
+
+def test_scale_does_not_matter() -> None:
+    matrices = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(1))
+    one, other = torch.empty_like(matrices), torch.empty_like(matrices)
+    orthogonalize(matrices.clone(), one)
+    orthogonalize(matrices * 2.0**20, other)
+    assert torch.equal(one, other)
