@@ -38,7 +38,6 @@ class Figure:
 
     contender: str
     baseline: str
-    schedule: str
     seeds: int
     reached: int
     steps: Spread | None
@@ -71,26 +70,19 @@ def reached(result: Result, target: float) -> tuple[int, float] | None:
     return None
 
 
-def compare(runs: Sequence[Result], baselines: Sequence[Result], schedule: str) -> Figure:
-    """The figure of a contender's runs against a baseline's, seed by seed.
-
-    Args:
-        runs: one or more for each seed, of which the one that got there first counts.
-        baselines: one for each seed, all on the full schedule.
-    """
+def compare(runs: Sequence[Result], baselines: Sequence[Result]) -> Figure:
+    """The figure of a contender's runs against a baseline's, one of each for every seed."""
     steps, seconds = [], []
     for baseline in baselines:
         target, end = baseline.final, baseline.records[-1]
-        found = [reached(run, target) for run in runs if run.job.seed == baseline.job.seed]
-        first = min((hit for hit in found if hit is not None), default=None)
-        if first is not None:
-            steps.append(first[0] / end["step"])
-            seconds.append(first[1] / end["seconds"])
+        found = reached(next(run for run in runs if run.job.seed == baseline.job.seed), target)
+        if found is not None:
+            steps.append(found[0] / end["step"])
+            seconds.append(found[1] / end["seconds"])
     complete = len(steps) == len(baselines)
     return Figure(
         runs[0].job.contender.name,
         baselines[0].job.contender.name,
-        schedule,
         len(baselines),
         len(steps),
         Spread.of(steps) if complete else None,

@@ -14,14 +14,14 @@ class Contender:
         name: as tables have it.
         config: its DeepSpeed JSON, a file of configs/.
         lrs: the grid of peak learning rates, ascending.
-        horizon: the length of its own, shorter schedule, in parts of the study's steps; None for none.
+        horizon: the length of its runs and of their schedules, in parts of the study's steps.
         overrides: optimizer settings in place of the JSON's, as (key, value) pairs.
     """
 
     name: str
     config: str
     lrs: tuple[float, ...]
-    horizon: float | None = None
+    horizon: float = 1.0
     overrides: tuple[tuple[str, object], ...] = ()
 
 
@@ -35,7 +35,7 @@ class Study:
         program: a file of launch/.
         arguments: its command line, size of the model and validation.
         corpus: what `launch/fetch_data.py` calls its data.
-        steps: optimizer steps of a run under the full and under the small protocol.
+        steps, small_steps: optimizer steps of the baseline's run under the full and under the small protocol.
         evaluations: validations in a run of that length, which is how finely steps are told.
         batch: samples of a rank in a step, in place of the JSONs'.
         ranks: of each job; each has a core.
@@ -103,7 +103,7 @@ class Protocol:
     def search(self, study: Study) -> list[Job]:
         """The runs that learning rates are chosen from, the longest-running contenders first."""
         return [
-            self._job(study, contender, lr, self.seeds[0], 1.0)
+            self._job(study, contender, lr, self.seeds[0])
             for contender in reversed(study.contenders)
             for lr in self.rates(contender)
         ]
@@ -111,22 +111,17 @@ class Protocol:
     def final(self, study: Study, chosen: dict[str, float]) -> list[Job]:
         """The runs that figures are taken from, given every contender's learning rate."""
         return [
-            self._job(study, contender, chosen[contender.name], seed, part)
+            self._job(study, contender, chosen[contender.name], seed)
             for seed in self.seeds
             for contender in reversed(study.contenders)
-            for part in self.horizons(contender)
         ]
 
     def rates(self, contender: Contender) -> Sequence[float]:
         return contender.lrs if self.grid else [contender.lrs[len(contender.lrs) // 2]]
 
-    def horizons(self, contender: Contender) -> Sequence[float]:
-        """Its schedules' lengths in parts of the baseline's."""
-        return [1.0] if contender.horizon is None else [1.0, contender.horizon]
-
-    def _job(self, study: Study, contender: Contender, lr: float, seed: int, part: float) -> Job:
+    def _job(self, study: Study, contender: Contender, lr: float, seed: int) -> Job:
         steps = self.steps(study)
-        return Job(study, contender, lr, seed, round(part * steps), max(1, steps // study.evaluations))
+        return Job(study, contender, lr, seed, round(contender.horizon * steps), max(1, steps // study.evaluations))
 
 
 SMALL = Protocol("small", (0,), grid=False, small=True)

@@ -18,8 +18,6 @@ from benchmarks.evidence.figures import Figure, Spread, compare, inside
 from benchmarks.evidence.jobs import Result
 from benchmarks.evidence.protocol import Contender, Protocol, Study
 
-FULL_SCHEDULE, OWN_SCHEDULE = "same", "own"
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -37,27 +35,17 @@ class Outcome:
     runs: Sequence[Result]
     chosen: Mapping[str, float]
 
-    def of(self, contender: Contender, *, own: bool = False) -> list[Result]:
-        """A contender's runs on the full schedule, or on its own, shorter one."""
-        full = self.protocol.steps(self.study)
-        mine = [run for run in self.runs if run.job.contender == contender]
-        return [run for run in mine if (run.job.schedule == full) != own]
+    def of(self, contender: Contender) -> list[Result]:
+        """A contender's runs, one for each seed."""
+        return [run for run in self.runs if run.job.contender == contender]
 
     def figures(self) -> list[Figure]:
-        """Every contender against every other, on the same schedule and with its own."""
-        found = []
-        for baseline in self.study.contenders:
-            targets = self.of(baseline)
-            for contender in self.study.contenders:
-                if contender is not baseline:
-                    full, own = self.of(contender), self.of(contender, own=True)
-                    found.append(compare(full, targets, FULL_SCHEDULE))
-                    if own:
-                        found.append(compare([*full, *own], targets, OWN_SCHEDULE))
-        return found
+        """Every contender against every other."""
+        everyone = self.study.contenders
+        return [compare(self.of(one), self.of(other)) for other in everyone for one in everyone if one is not other]
 
     def finals(self, contender: Contender) -> Spread:
-        """The metric at the end of the full schedule."""
+        """The metric at the end of its schedule."""
         return Spread.of(run.final for run in self.of(contender))
 
 
@@ -85,16 +73,16 @@ def to_markdown(outcome: Outcome) -> str:
     study, metric = outcome.study, outcome.runs[0].metric
     seeds = len(outcome.protocol.seeds)
     extra = sorted(key for key in outcome.runs[0].records[-1] if key.startswith("final_"))
-    header = ["optimizer", "rate", metric.label, *(key.removeprefix("final_") for key in extra), "ms a step"]
+    header = ["optimizer", "rate", "steps", metric.label, *(key.removeprefix("final_") for key in extra), "ms a step"]
     for baseline in study.contenders[: max(1, len(study.contenders) - 1)]:
-        header += [f"steps to {baseline.name}'s end", "its own schedule", "seconds"]
+        header += [f"steps to {baseline.name}'s end", "seconds"]
     rows = [_row(outcome, contender, extra) for contender in study.contenders]
     return "\n".join(
         [
             f"## {study.title}",
             "",
-            f"`launch/{study.program} {' '.join(study.arguments)}`, {outcome.protocol.steps(study)} steps, "
-            f"{seeds} seed{'s' if seeds > 1 else ''}. Steps and seconds are parts of what the other optimizer took.",
+            f"`launch/{study.program} {' '.join(study.arguments)}`, {seeds} seed{'s' if seeds > 1 else ''}. "
+            "Steps and seconds to another's end are parts of what that one took.",
             "",
             "| " + " | ".join(header) + " |",
             "|" + "---|" * len(header),
@@ -109,20 +97,16 @@ def to_markdown(outcome: Outcome) -> str:
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """The validation metric over steps and over seconds: medians of the full schedules, own schedules dashed."""
+    """The validation metric over steps and over seconds: medians, and every seed faintly."""
     metric = outcome.runs[0].metric
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     for ax, key, label in zip(axes, ("step", "seconds"), ("step", "seconds of training on one core"), strict=True):
         for number, contender in enumerate(outcome.study.contenders):
-            for own, style in ((False, "-"), (True, "--")):
-                curves = [_curve(run) for run in outcome.of(contender, own=own)]
-                if not curves:
-                    continue
-                name = contender.name if not own else None
-                middle = {k: np.median([curve[k] for curve in curves], axis=0) for k in ("step", "seconds", "value")}
-                ax.plot(middle[key], middle["value"], style, color=f"C{number}", label=name)
-                for curve in curves if len(curves) > 1 else []:
-                    ax.plot(curve[key], curve["value"], style, color=f"C{number}", alpha=0.2, linewidth=0.8)
+            curves = [_curve(run) for run in outcome.of(contender)]
+            middle = {k: np.median([curve[k] for curve in curves], axis=0) for k in ("step", "seconds", "value")}
+            ax.plot(middle[key], middle["value"], color=f"C{number}", label=contender.name)
+            for curve in curves if len(curves) > 1 else []:
+                ax.plot(curve[key], curve["value"], color=f"C{number}", alpha=0.2, linewidth=0.8)
         ends = outcome.finals(outcome.study.baseline)
         ax.axhline(ends.median, color="C0", linewidth=0.8, linestyle=":")
         ax.set_xlabel(label)
@@ -146,17 +130,14 @@ def spread(values: Spread | None, digits: int) -> str:
 
 def _row(outcome: Outcome, contender: Contender, extra: Sequence[str]) -> list[str]:
     runs = outcome.of(contender)
-    cells = [contender.name, f"{outcome.chosen[contender.name]:g}", spread(outcome.finals(contender), 4)]
+    rate, steps = f"{outcome.chosen[contender.name]:g}", str(runs[0].job.schedule)
+    cells = [contender.name, rate, steps, spread(outcome.finals(contender), 4)]
     cells += [spread(Spread.of(run.records[-1][key] for run in runs), 2) for key in extra]
     cells.append(f"{1e3 * np.median([run.records[-1]['seconds'] / run.job.schedule for run in runs]):.0f}")
-    figures = {(f.contender, f.baseline, f.schedule): f for f in outcome.figures()}
+    figures = {(f.contender, f.baseline): f for f in outcome.figures()}
     for baseline in outcome.study.contenders[: max(1, len(outcome.study.contenders) - 1)]:
-        same = figures.get((contender.name, baseline.name, FULL_SCHEDULE))
-        own = figures.get((contender.name, baseline.name, OWN_SCHEDULE), same)
-        if same is None or own is None:
-            cells += ["1", "1", "1"]
-        else:
-            cells += [spread(same.steps, 2), spread(own.steps, 2), spread(own.seconds, 2)]
+        figure = figures.get((contender.name, baseline.name))
+        cells += ["1", "1"] if figure is None else [spread(figure.steps, 2), spread(figure.seconds, 2)]
     return cells
 
 

@@ -30,9 +30,7 @@ def root_flops(block: Block) -> float:
     return sum(ROOT_FLOPS_PER_CUBE * dim**3 for dim in block.factor_dims)
 
 
-def step_flops(
-    block: Block, statistics_interval: int, root_interval: int, preconditioner: str = "shampoo"
-) -> float:
+def step_flops(block: Block, statistics_interval: int, root_interval: int, preconditioner: str = "shampoo") -> float:
     """The mean work of one step, which is what ownership balances."""
     direction = direction_flops(block, preconditioner)
     return statistics_flops(block) / statistics_interval + direction + root_flops(block) / root_interval
