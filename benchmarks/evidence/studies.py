@@ -25,7 +25,7 @@ GPT = Study(
         Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3, 4e-3)),
         Contender("Muon", "gpt_muon.json", (4e-3, 8e-3, 16e-3), horizon=0.4),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
-        Contender("Shampoo, spectral", "gpt_zero2_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.4, overrides=SPECTRAL),
+        Contender("Spectral", "gpt_zero2_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.4, overrides=SPECTRAL),
     ),
 )
 
@@ -43,7 +43,7 @@ GPT_12M = Study(
         Contender("AdamW", "gpt_zero2_adamw.json", (5e-4, 1e-3, 2e-3)),
         Contender("Muon", "gpt_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
-        Contender("Shampoo, spectral", "gpt_zero2_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.4, overrides=SPECTRAL),
+        Contender("Spectral", "gpt_zero2_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.4, overrides=SPECTRAL),
     ),
 )
 
@@ -60,9 +60,7 @@ TRANSLATION = Study(
         Contender("AdamW", "translation_adamw.json", (5e-4, 1e-3, 2e-3)),
         Contender("Muon", "translation_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.5),
         Contender("Shampoo", "translation_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.5),
-        Contender(
-            "Shampoo, spectral", "translation_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.5, overrides=SPECTRAL
-        ),
+        Contender("Spectral", "translation_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.5, overrides=SPECTRAL),
     ),
 )
 
@@ -79,7 +77,7 @@ BERT = Study(
         Contender("AdamW", "bert_adamw.json", (1e-3, 2e-3, 4e-3)),
         Contender("Muon", "bert_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.7),
         Contender("Shampoo", "bert_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.7),
-        Contender("Shampoo, spectral", "bert_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.7, overrides=SPECTRAL),
+        Contender("Spectral", "bert_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.7, overrides=SPECTRAL),
     ),
 )
 
@@ -95,7 +93,7 @@ CLICKS = Study(
         Contender("AdamW", "dlrm_adamw.json", (1e-3, 2e-3, 4e-3)),
         Contender("Muon", "dlrm_muon.json", (1e-3, 2e-3, 4e-3), horizon=0.65),
         Contender("Shampoo", "dlrm_shampoo.json", (1e-3, 2e-3, 4e-3), horizon=0.65),
-        Contender("Shampoo, spectral", "dlrm_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.65, overrides=SPECTRAL),
+        Contender("Spectral", "dlrm_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.65, overrides=SPECTRAL),
     ),
 )
 
@@ -112,7 +110,7 @@ IMAGES = Study(
         Contender("SGD", "resnet_sgd.json", (0.1, 0.2, 0.4)),
         Contender("AdamW", "resnet_adamw.json", (4e-3, 8e-3, 16e-3), horizon=0.75),
         Contender("Shampoo", "resnet_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.75),
-        Contender("Shampoo, spectral", "resnet_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.75, overrides=SPECTRAL),
+        Contender("Spectral", "resnet_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.75, overrides=SPECTRAL),
     ),
 )
 

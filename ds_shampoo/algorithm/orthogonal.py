@@ -23,8 +23,8 @@ def orthogonalize(stacked: Tensor, out: Tensor) -> None:
     if stacked.device.type != "cpu":
         _iterate(stacked, out)
         return
-    for matrix, target in zip(stacked.split(1), out.split(1), strict=True):  # one after another stays in the caches
-        _iterate(matrix, target)
+    for i in range(len(stacked)):  # one after another stays in the caches
+        _iterate(stacked[i : i + 1], out[i : i + 1])
 
 
 def _iterate(x: Tensor, out: Tensor) -> None:
