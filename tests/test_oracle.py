@@ -183,7 +183,9 @@ class Oracle:
             if t < start:
                 continue
             self.install(block, t)
-            if (t - start - block["place"]) % s["root_interval"] == 0:
+            own = block["place"] % s["root_interval"]
+            early = own % 10 if own - own % 10 >= self.delay() else own
+            if t - start == early or (t - start - own) % s["root_interval"] == 0:
                 p = (2 if s["preconditioner"] == "shampoo" else 4) * len(blocks["on"])
                 roots = [self.root(block, k, p) for k in range(len(blocks["on"]))]
                 block["coming"] = (t + self.delay(), roots)
@@ -303,6 +305,7 @@ def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> 
         {"root_delay": 1},
         {"root_delay": 3},
         {"root_interval": 10, "root_delay": 10},
+        {"root_interval": 25, "root_delay": 4},
         {"embedding": "one_sided"},
         {"embedding": "blocked"},
         {"max_preconditioner_dim": 9},

@@ -9,7 +9,13 @@ from __future__ import annotations
 from benchmarks.evidence.protocol import Contender, Study
 
 # What made the best use of the statistics in the search on the small GPT; docs/evidence.md has what else was tried.
-SPECTRAL = (("preconditioner", "spectral"), ("direction_rms", 0.2), ("statistics_beta", 0.95))
+SPECTRAL = (
+    ("preconditioner", "spectral"),
+    ("direction_rms", 0.2),
+    ("statistics_beta", 0.95),
+    ("root_interval", 50),
+    ("root_delay", 5),
+)
 
 GPT = Study(
     name="gpt",

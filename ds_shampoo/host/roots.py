@@ -108,7 +108,7 @@ class RootKeeper:
             if step == 0:
                 continue
             self._install_due(slot, step, settings)
-            if schedule.is_boundary(step, self._places[slot]) and self._stack.updates[slot]:
+            if schedule.is_boundary(step, self._places[slot], delay) and self._stack.updates[slot]:
                 self._begin(slot, step, delay, settings)
                 self._install_due(slot, step, settings)
 

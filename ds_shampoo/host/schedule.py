@@ -9,6 +9,10 @@ from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.config import GroupSettings
 
 
+# Blocks begin their first roots within so many steps, however long the interval is.
+FIRST_WITHIN = 10
+
+
 @dataclass(frozen=True, slots=True)
 class RootSchedule:
     """The schedule of one param group; steps count from 1 (sections 2 and 3 of docs/algorithm.md)."""
@@ -29,9 +33,15 @@ class RootSchedule:
         """Whether directions are preconditioned at this step, where roots are in force."""
         return step >= self.start_preconditioning_step
 
-    def is_boundary(self, step: int, place: int) -> bool:
-        """Whether new roots are begun at this step for the block at this place of `stagger`'s order."""
-        return self.preconditions(step) and (step - self.start_preconditioning_step - place) % self.root_interval == 0
+    def is_boundary(self, step: int, place: int, delay: int) -> bool:
+        """Whether new roots are begun at this step for the block at this place of `stagger`'s order.
+
+        Args:
+            delay: steps until they are put in force.
+        """
+        passed, own = step - self.start_preconditioning_step, place % self.root_interval
+        first = own % FIRST_WITHIN if own - own % FIRST_WITHIN >= delay else own
+        return passed == first or (passed >= own and (passed - own) % self.root_interval == 0)
 
 
 def stagger(blocks: Sequence[Block], first: int = 0) -> list[int]:

@@ -87,6 +87,7 @@ def test_the_default_ridge(pools: Pools) -> None:
         {"embedding": "one_sided", "statistics_beta": 1.0, "grafting": "adagrad", "nesterov": False},
         {"embedding": "blocked", "max_preconditioner_dim": 100, "decoupled_weight_decay": False},
         {"exchange_dtype": "bfloat16"},
+        {"preconditioner": "spectral", "direction_rms": 0.2, "root_interval": 14, "root_delay": 2},
     ],
     ids=lambda changed: "-".join(map(str, changed.values())),
 )

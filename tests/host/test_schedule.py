@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_shampoo.algorithm.blocks import Block, cut
-from ds_shampoo.host.schedule import RootSchedule, stagger
+from ds_shampoo.host.schedule import FIRST_WITHIN, RootSchedule, stagger
 
 counts = st.integers(1, 20)
 
@@ -20,7 +20,7 @@ def test_intervals_and_start(start: int, statistics: int, roots: int) -> None:
     schedule = RootSchedule(start, statistics, roots)
     steps = range(1, 100)
     assert [t for t in steps if schedule.statistics_due(t)] == list(range(1, 100, statistics))
-    assert [t for t in steps if schedule.is_boundary(t, 0)] == list(range(start, 100, roots))
+    assert [t for t in steps if schedule.is_boundary(t, 0, 0)] == list(range(start, 100, roots))
     assert [t for t in steps if schedule.preconditions(t)] == list(range(start, 100))
 
 
@@ -28,15 +28,22 @@ def test_intervals_and_start(start: int, statistics: int, roots: int) -> None:
 def test_a_parameter_without_gradient_is_never_due(start: int, statistics: int, roots: int) -> None:
     schedule = RootSchedule(start, statistics, roots)
     assert not schedule.statistics_due(0)
-    assert not schedule.is_boundary(0, 0)
+    assert not schedule.is_boundary(0, 0, 0)
 
 
-@given(counts, counts, st.integers(0, 50))
-def test_every_place_has_one_boundary_in_every_interval(start: int, roots: int, place: int) -> None:
-    schedule = RootSchedule(start, 1, roots)
-    boundaries = [t for t in range(1, 100) if schedule.is_boundary(t, place)]
-    assert start <= boundaries[0] < start + roots
-    assert {b - a for a, b in itertools.pairwise(boundaries)} <= {roots}
+@given(counts, st.integers(1, 60), st.integers(0, 80), st.data())
+def test_every_place_has_one_boundary_in_every_interval_after_an_early_one(
+    start: int, roots: int, place: int, data: st.DataObject
+) -> None:
+    schedule, delay = RootSchedule(start, 1, roots), data.draw(st.integers(0, roots))
+    boundaries = [t for t in range(1, 300) if schedule.is_boundary(t, place, delay)]
+    gaps = [b - a for a, b in itertools.pairwise(boundaries)]
+    assert set(gaps[1:]) <= {roots}
+    assert delay <= gaps[0] <= roots, "the first roots are in force before the next are begun"
+    regular = start + place % roots
+    assert regular in boundaries
+    if regular - start >= FIRST_WITHIN + delay:
+        assert boundaries[0] < start + FIRST_WITHIN
 
 
 def gpt(layers: int, width: int, block_size: int) -> list[Block]:
