@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.config import GroupSettings
 
-
 # Blocks begin their first roots within so many steps, however long the interval is.
 FIRST_WITHIN = 10
 
