@@ -105,13 +105,13 @@ CLICKS = Study(
 
 IMAGES = Study(
     name="images",
-    title="Images: residual network",
+    title="Images: residual network of 0.1M parameters",
     program="train_resnet.py",
-    arguments=("--autocast",),
+    arguments=("--autocast", "--width", "16"),
     corpus="fashion_mnist",
     steps=200,
     small_steps=40,
-    evaluations=40,
+    evaluations=20,
     contenders=(
         Contender("SGD", "resnet_sgd.json", (0.1, 0.2, 0.4)),
         Contender("AdamW", "resnet_adamw.json", (4e-3, 8e-3, 16e-3), horizon=0.75),
