@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.evidence.figures import best_rate
-from benchmarks.evidence.jobs import JobError, run_all
+from benchmarks.evidence.figures import best_rate, next_rate
+from benchmarks.evidence.jobs import JobError, Result, run_all
 from benchmarks.evidence.protocol import FULL, SMALL, Protocol, Study
 from benchmarks.evidence.report import Outcome, draw, to_json, to_markdown
 from benchmarks.evidence.studies import STUDIES
@@ -43,12 +43,22 @@ def main() -> None:
 
 def carry_out(study: Study, protocol: Protocol, runs: Path, cores: Sequence[int]) -> Outcome:
     """Chooses every contender's learning rate, then runs what the figures are taken from."""
-    search = run_all(protocol.search(study), runs, cores)
-    chosen = {
-        contender.name: best_rate([result for result in search if result.job.contender == contender])
-        for contender in study.contenders
-    }
-    return Outcome(study, protocol, search, run_all(protocol.final(study, chosen), runs, cores), chosen)
+    search = choose_from(study, protocol, runs, cores)
+    chosen = {name: best_rate(results) for name, results in search.items()}
+    final = run_all(protocol.final(study, chosen), runs, cores)
+    return Outcome(study, protocol, [result for results in search.values() for result in results], final, chosen)
+
+
+def choose_from(study: Study, protocol: Protocol, runs: Path, cores: Sequence[int]) -> dict[str, list[Result]]:
+    """Every contender's trials; under a protocol with grids, until each best rate has a neighbour on both sides."""
+    search: dict[str, list[Result]] = {contender.name: [] for contender in study.contenders}
+    jobs = protocol.search(study)
+    while jobs:
+        for result in run_all(jobs, runs, cores):
+            search[result.job.contender.name].append(result)
+        ahead = {contender: next_rate(search[contender.name]) for contender in study.contenders if protocol.grid}
+        jobs = [protocol.trial(study, contender, lr) for contender, lr in ahead.items() if lr is not None]
+    return search
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.evidence.jobs import Result
-from benchmarks.evidence.protocol import Contender
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,22 @@ class Figure:
 
 
 def best_rate(results: Sequence[Result]) -> float:
-    """The learning rate whose run ended best."""
+    """The learning rate whose run ended best; a run that ended in NaN is the worst."""
     sign = 1 if results[0].metric.better == "lower" else -1
-    return min(results, key=lambda result: sign * result.final).job.lr
+    return min(results, key=lambda result: (math.isnan(result.final), sign * result.final)).job.lr
 
 
-def inside(contender: Contender, lr: float) -> bool:
-    """Whether a learning rate has neighbours in the grid on both sides."""
-    return lr not in (contender.lrs[0], contender.lrs[-1])
+def next_rate(results: Sequence[Result]) -> float | None:
+    """The rate to try next: the neighbour that the best of these lacks, one step of the grid away; None if it has both.
+
+    Args:
+        results: of one contender, at two rates or more.
+    """
+    best, rates = best_rate(results), sorted(result.job.lr for result in results)
+    step = rates[1] / rates[0]
+    if best == rates[0]:
+        return best / step
+    return best * step if best == rates[-1] else None
 
 
 def reached(result: Result, target: float) -> tuple[int, float] | None:

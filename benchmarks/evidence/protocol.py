@@ -13,7 +13,7 @@ class Contender:
     Attributes:
         name: as tables have it.
         config: its DeepSpeed JSON, a file of configs/.
-        lrs: the grid of peak learning rates, ascending.
+        lrs: the grid of peak learning rates to begin with, ascending by one factor.
         horizon: the length of its runs and of their schedules, in parts of the study's steps.
         overrides: optimizer settings in place of the JSON's, as (key, value) pairs.
     """
@@ -88,7 +88,8 @@ class Protocol:
 
     Attributes:
         seeds: of weights and batches; the first is the one that learning rates are chosen with.
-        grid: whether learning rates are chosen from each contender's grid, or are the middle of it.
+        grid: whether learning rates are chosen from each contender's grid, which grows until the best has neighbours
+            on both sides, or are the middle of it.
         small: whether runs are as short as the study's small ones.
     """
 
@@ -103,10 +104,12 @@ class Protocol:
     def search(self, study: Study) -> list[Job]:
         """The runs that learning rates are chosen from, the longest-running contenders first."""
         return [
-            self._job(study, contender, lr, self.seeds[0])
-            for contender in reversed(study.contenders)
-            for lr in self.rates(contender)
+            self.trial(study, contender, lr) for contender in reversed(study.contenders) for lr in self.rates(contender)
         ]
+
+    def trial(self, study: Study, contender: Contender, lr: float) -> Job:
+        """A run that a learning rate is judged by."""
+        return self._job(study, contender, lr, self.seeds[0])
 
     def final(self, study: Study, chosen: dict[str, float]) -> list[Job]:
         """The runs that figures are taken from, given every contender's learning rate."""

@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # Training machines have no display.
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.evidence.figures import Figure, Spread, compare, inside
+from benchmarks.evidence.figures import Figure, Spread, compare
 from benchmarks.evidence.jobs import Result
 from benchmarks.evidence.protocol import Contender, Protocol, Study
 
@@ -142,15 +142,15 @@ def _row(outcome: Outcome, contender: Contender, extra: Sequence[str]) -> list[s
 
 
 def _grid_lines(outcome: Outcome) -> list[str]:
-    """What each grid of learning rates gave, and where the best lay."""
+    """What each grid of learning rates gave."""
     lines = []
     for contender in outcome.study.contenders:
         tried = [result for result in outcome.search if result.job.contender == contender]
         if len(tried) < 2:
             continue
+        tried.sort(key=lambda result: result.job.lr)
         ends = ", ".join(f"{result.job.lr:g}: {result.final:.4f}" for result in tried)
-        where = "inside" if inside(contender, outcome.chosen[contender.name]) else "**at the end of**"
-        lines.append(f"- {contender.name}'s rates: {ends}; the best lies {where} the grid.")
+        lines.append(f"- {contender.name}'s rates: {ends}.")
     return lines
 
 

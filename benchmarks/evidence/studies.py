@@ -31,7 +31,7 @@ GPT = Study(
         Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3, 4e-3)),
         Contender("Muon", "gpt_muon.json", (4e-3, 8e-3, 16e-3), horizon=0.4),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
-        Contender("Spectral", "gpt_zero2_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.4, overrides=SPECTRAL),
+        Contender("Spectral", "gpt_zero2_shampoo.json", (8e-3, 16e-3, 32e-3), horizon=0.4, overrides=SPECTRAL),
     ),
 )
 
@@ -41,9 +41,9 @@ GPT_12M = Study(
     program="pretrain_gpt.py",
     arguments=("--autocast", "--eval-windows", "400", "--layers", "4", "--d-model", "512", "--heads", "8"),
     corpus="gutenberg",
-    steps=300,
+    steps=600,
     small_steps=40,
-    evaluations=15,
+    evaluations=20,
     batch=8,
     contenders=(
         Contender("AdamW", "gpt_zero2_adamw.json", (5e-4, 1e-3, 2e-3)),
@@ -65,7 +65,7 @@ TRANSLATION = Study(
     contenders=(
         Contender("AdamW", "translation_adamw.json", (5e-4, 1e-3, 2e-3)),
         Contender("Muon", "translation_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.5),
-        Contender("Shampoo", "translation_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.5),
+        Contender("Shampoo", "translation_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.5),
         Contender("Spectral", "translation_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.5, overrides=SPECTRAL),
     ),
 )
@@ -80,9 +80,9 @@ BERT = Study(
     small_steps=60,
     evaluations=20,
     contenders=(
-        Contender("AdamW", "bert_adamw.json", (1e-3, 2e-3, 4e-3)),
+        Contender("AdamW", "bert_adamw.json", (5e-4, 1e-3, 2e-3)),
         Contender("Muon", "bert_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.7),
-        Contender("Shampoo", "bert_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.7),
+        Contender("Shampoo", "bert_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.7),
         Contender("Spectral", "bert_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.7, overrides=SPECTRAL),
     ),
 )
@@ -93,12 +93,12 @@ CLICKS = Study(
     program="train_dlrm.py",
     arguments=(),
     corpus="flights",
-    steps=200,
+    steps=400,
     small_steps=50,
     contenders=(
         Contender("AdamW", "dlrm_adamw.json", (1e-3, 2e-3, 4e-3)),
-        Contender("Muon", "dlrm_muon.json", (1e-3, 2e-3, 4e-3), horizon=0.65),
-        Contender("Shampoo", "dlrm_shampoo.json", (1e-3, 2e-3, 4e-3), horizon=0.65),
+        Contender("Muon", "dlrm_muon.json", (4e-3, 8e-3, 16e-3), horizon=0.65),
+        Contender("Shampoo", "dlrm_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.65),
         Contender("Spectral", "dlrm_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.65, overrides=SPECTRAL),
     ),
 )
@@ -113,11 +113,11 @@ IMAGES = Study(
     small_steps=40,
     evaluations=20,
     contenders=(
-        Contender("SGD", "resnet_sgd.json", (0.1, 0.2, 0.4)),
-        Contender("AdamW", "resnet_adamw.json", (4e-3, 8e-3, 16e-3), horizon=0.75),
-        Contender("Shampoo", "resnet_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.75),
-        Contender("Spectral", "resnet_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.75, overrides=SPECTRAL),
+        Contender("SGD", "resnet_sgd.json", (0.2, 0.4, 0.8)),
+        Contender("AdamW", "resnet_adamw.json", (8e-3, 16e-3, 32e-3), horizon=0.75),
+        Contender("Shampoo", "resnet_shampoo.json", (8e-3, 16e-3, 32e-3), horizon=0.75),
+        Contender("Spectral", "resnet_shampoo.json", (8e-3, 16e-3, 32e-3), horizon=0.75, overrides=SPECTRAL),
     ),
 )
 
-STUDIES = (GPT, GPT_12M, TRANSLATION, BERT, CLICKS, IMAGES)
+STUDIES = (GPT, TRANSLATION, BERT, CLICKS, IMAGES, GPT_12M)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence.figures import Spread, best_rate, compare, inside, reached
+import benchmarks.evidence.__main__ as evidence
+from benchmarks.evidence.figures import Spread, best_rate, compare, next_rate, reached
 from benchmarks.evidence.jobs import Result, arguments, effective_config
 from benchmarks.evidence.protocol import FULL, SMALL, Contender, Job, Study
 from benchmarks.evidence.report import Outcome, draw, to_json, to_markdown
@@ -60,15 +63,37 @@ def test_a_seed_that_never_got_there_leaves_no_median() -> None:
     assert (figure.steps, figure.reached, figure.seeds) == (None, 1, 2)
 
 
-def test_the_best_rate_is_told_by_the_metric_s_better_way() -> None:
-    def at(lr: float, slope: float, metric: Metric) -> Result:
-        made = result(FIRST, slope, metric=metric)
-        return Result(Job(STUDY, FIRST, lr, 0, 100, 10), metric, made.records)
+def at(lr: float, slope: float, contender: Contender = FIRST, metric: Metric = LOSS) -> Result:
+    """A run at this learning rate."""
+    made = result(contender, slope, metric=metric)
+    return Result(Job(STUDY, contender, lr, 0, 100, 10), metric, made.records)
 
+
+def test_the_best_rate_is_told_by_the_metric_s_better_way() -> None:
     for metric in (LOSS, ACCURACY):
-        assert best_rate([at(1.0, 0.01, metric), at(2.0, 0.03, metric), at(4.0, 0.02, metric)]) == 2.0
-    assert inside(FIRST, 2.0)
-    assert not inside(FIRST, 4.0)
+        slopes = {1.0: float("nan"), 2.0: 0.03, 4.0: 0.02}
+        assert best_rate([at(lr, slope, metric=metric) for lr, slope in slopes.items()]) == 2.0
+
+
+def test_a_grid_grows_where_its_best_lacks_a_neighbour() -> None:
+    assert next_rate([at(1.0, 0.01), at(2.0, 0.03), at(4.0, 0.02)]) is None
+    assert next_rate([at(4.0, 0.03), at(1.0, 0.01), at(2.0, 0.02)]) == 8.0
+    assert next_rate([at(1.0, 0.03), at(2.0, 0.02), at(4.0, 0.01)]) == 0.5
+
+
+def test_every_contender_is_tried_until_its_best_rate_has_neighbours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    best = {"AdamW": 2.0, "Shampoo": 32.0}
+
+    def run_all(jobs: Sequence[Job], *_: object) -> list[Result]:
+        return [at(job.lr, 1 / (1 + abs(job.lr - best[job.contender.name])), job.contender) for job in jobs]
+
+    monkeypatch.setattr(evidence, "run_all", run_all)
+    outcome = evidence.carry_out(STUDY, FULL, tmp_path, [0])
+    assert outcome.chosen == best
+    tried = {name: [r.job.lr for r in outcome.search if r.job.contender.name == name] for name in best}
+    assert tried == {"AdamW": [1, 2, 4], "Shampoo": [1, 2, 4, 8, 16, 32, 64]}
 
 
 def test_the_full_protocol_searches_every_grid_and_runs_every_seed() -> None:
@@ -111,4 +136,6 @@ def test_every_study_can_be_carried_out(study: Study) -> None:
         config = effective_config(job)
         assert config["optimizer"]["params"]["lr"] == job.lr
         assert "--seed" in arguments(job)
-    assert all(contender.lrs == tuple(sorted(contender.lrs)) for contender in study.contenders)
+    for contender in study.contenders:
+        ratios = {round(after / before, 9) for before, after in itertools.pairwise(contender.lrs)}
+        assert ratios == {2.0}, "a grid ascends by one factor"
