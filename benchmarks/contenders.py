@@ -139,6 +139,10 @@ def _shampoo_medium(model: nn.Module, lr: float) -> Sequence[Optimizer]:
     return _shampoo(model, lr, matmul_precision="medium")
 
 
+def _spectral(model: nn.Module, lr: float) -> Sequence[Optimizer]:
+    return _shampoo(model, lr, preconditioner="spectral", direction_rms=0.2, statistics_beta=0.95)
+
+
 def _scalable_shampoo(model: nn.Module, lr: float) -> Sequence[Optimizer]:
     from pytorch_optimizer import ScalableShampoo
 
@@ -171,17 +175,24 @@ MUON_FP32 = Contender("muon-fp32", 2e-3, _muon, fp32=True)
 SHAMPOO = Contender("ds-shampoo", 4e-3, _shampoo, module="ds_shampoo")
 # Products whose inputs may be rounded to bfloat16, as those of torch's Muon are.
 SHAMPOO_MEDIUM = Contender("ds-shampoo-medium", 4e-3, _shampoo_medium, module="ds_shampoo")
+# Five Newton-Schulz steps and a second pair of root products in every direction.
+SPECTRAL = Contender("ds-shampoo-spectral", 8e-3, _spectral, module="ds_shampoo")
 # Roots in the step: those of a tenth of the blocks in every one.
 SHAMPOO_INLINE = Contender("ds-shampoo-inline", 4e-3, _shampoo_inline, 1, 1, "ds_shampoo")
+SCALABLE_SHAMPOO = Contender(
+    "scalable-shampoo", 1e-3, _scalable_shampoo, ROOT_INTERVAL, ROOT_INTERVAL, "pytorch_optimizer"
+)
+# It counts from its second step on: the first only fills the statistics.
+SOAP = Contender("soap", 3e-3, _soap, ROOT_INTERVAL + 1, ROOT_INTERVAL, "pytorch_optimizer")
 
 CONTENDERS = (
     Contender("adamw", 1e-3, _adamw),
     MUON,
     MUON_FP32,
-    Contender("scalable-shampoo", 1e-3, _scalable_shampoo, ROOT_INTERVAL, ROOT_INTERVAL, "pytorch_optimizer"),
-    # SOAP counts from its second step on: the first only fills the statistics.
-    Contender("soap", 3e-3, _soap, ROOT_INTERVAL + 1, ROOT_INTERVAL, "pytorch_optimizer"),
+    SCALABLE_SHAMPOO,
+    SOAP,
     SHAMPOO,
     SHAMPOO_MEDIUM,
+    SPECTRAL,
     SHAMPOO_INLINE,
 )

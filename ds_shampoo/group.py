@@ -18,7 +18,7 @@ from ds_shampoo.elementwise import ElementwiseStep, StepMemory, TensorStep
 from ds_shampoo.host.roots import RootCounts, RootKeeper
 from ds_shampoo.host.schedule import RootSchedule
 from ds_shampoo.host.service import RootService
-from ds_shampoo.sharding.exchange import ExchangePlan, StackPlace
+from ds_shampoo.sharding.exchange import ExchangePlan, Gathering, StackPlace
 from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
 from ds_shampoo.sharding.table import BlockTable
 from ds_shampoo.stopwatch import Stopwatch
@@ -149,16 +149,21 @@ class ShardedGroup:
         steps = {tensor.step for tensor in tensors if tensor is not None} or {self.last_step}
         gathered, scratch = self._workspace()
         self.exchange_bytes = 0
+        grads, vectors = None, None
+        # Both leave at once, so that the second travels while the statistics take in the first.
         if any(schedule.statistics_due(step) for step in steps):
-            self._gather(tensors, "grad", gathered)
-        for stack, keeper, grads in zip(self.stacks, self._keepers, gathered, strict=True):
+            grads = self._gather(tensors, "grad")
+        if any(schedule.preconditions(step) for step in steps):
+            vectors = self._gather(tensors, "vector")
+        self._arrive(grads, gathered)
+        for stack, keeper, stacked in zip(self.stacks, self._keepers, gathered, strict=True):
             clock = [self._step_of(block, tensors) for block in stack.blocks]
             due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
             with self._stopwatch.phase("statistics"), matmul_precision(settings.matmul_precision):
-                stack.update(grads, due, settings.statistics_beta)
+                stack.update(stacked, due, settings.statistics_beta)
             keeper.advance(clock, settings)
-        if any(schedule.preconditions(step) for step in steps):
-            self._gather(tensors, "vector", gathered)
+        if vectors is not None:
+            self._arrive(vectors, gathered)
             updates = self._staged(tensors, "update")
             self._write_directions(gathered, scratch, updates, settings)
             with self._stopwatch.phase("exchange"):
@@ -173,12 +178,15 @@ class ShardedGroup:
     def _stage(self, vector: Tensor) -> Tensor:
         return vector if vector.device == self._device else vector.to(self._device, non_blocking=True)
 
-    def _gather(
-        self, tensors: Sequence[TensorStep | None], name: Literal["grad", "vector"], stacks: Sequence[Tensor]
-    ) -> None:
-        with self._stopwatch.phase("exchange"):
-            self.plan.gather(self._staged(tensors, name), stacks)
+    def _gather(self, tensors: Sequence[TensorStep | None], name: Literal["grad", "vector"]) -> Gathering:
         self.exchange_bytes += self.plan.gather_bytes
+        with self._stopwatch.phase("exchange"):
+            return self.plan.gather(self._staged(tensors, name))
+
+    def _arrive(self, gathering: Gathering | None, stacks: Sequence[Tensor]) -> None:
+        if gathering is not None:
+            with self._stopwatch.phase("exchange"):
+                self.plan.finish(gathering, stacks)
 
     def _write_directions(
         self,

@@ -60,6 +60,29 @@ class _Route:
     receive_splits: list[int]
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """An all-to-all under way, and the flat tensors that it reads and fills."""
+
+    work: dist.Work
+    send: Tensor
+    receive: Tensor
+    arriving: Sequence[_Transfer]
+
+    def land(self) -> list[Tensor]:
+        """The pieces that were received, in the order of the route; an accelerator waits for them, not the host."""
+        self.work.wait()
+        return _unpack(self.receive, self.arriving)
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Pieces on their way to the blocks' owners; `ExchangePlan.finish` puts them in place."""
+
+    buffers: Sequence[Tensor | None]
+    flight: _Flight | None
+
+
 class ExchangePlan:
     """Which pieces go where; built once from the pieces of all ranks and the owners, identically on each rank.
 
@@ -96,20 +119,29 @@ class ExchangePlan:
         """What this rank sends back in one `scatter`."""
         return sum(self._scatter.send_splits) * self._dtype.itemsize
 
-    def gather(self, buffers: Sequence[Tensor | None], stacks: Sequence[Tensor]) -> None:
-        """Fills the owners' stacks from everyone's flat buffers.
+    def gather(self, buffers: Sequence[Tensor | None]) -> Gathering:
+        """Sends the pieces of this rank's buffers to the blocks' owners, without waiting for anyone.
 
         Args:
-            buffers: this rank's flat fp32 buffers. None for a parameter without gradient, possible only where
-                nothing moves: its slots keep what they hold.
-            stacks: this rank's [n, *shape] fp32 stacks, overwritten.
+            buffers: this rank's flat fp32 buffers, which may not change before the gathering is finished. None for a
+                parameter without gradient, possible only where nothing moves: its slots keep what they hold.
+        """
+        flight = None
+        if self.moves:
+            flight = self._depart(self._gather, [_end(t.in_buffer).of(buffers) for t in self._gather.send])
+        return Gathering(buffers, flight)
+
+    def finish(self, gathering: Gathering, stacks: Sequence[Tensor]) -> None:
+        """Fills this rank's stacks with the pieces that a `gather` brings, once they are here.
+
+        Args:
+            stacks: [n, *shape] fp32, overwritten.
         """
         for transfer in self._gather.local:
-            if buffers[_end(transfer.in_buffer).tensor] is not None:
-                _end(transfer.in_stack).of(stacks).copy_(_end(transfer.in_buffer).of(buffers))
-        if self.moves:
-            received = self._all_to_all(self._gather, [_end(t.in_buffer).of(buffers) for t in self._gather.send])
-            for transfer, values in zip(self._gather.receive, received, strict=True):
+            if gathering.buffers[_end(transfer.in_buffer).tensor] is not None:
+                _end(transfer.in_stack).of(stacks).copy_(_end(transfer.in_buffer).of(gathering.buffers))
+        if gathering.flight is not None:
+            for transfer, values in zip(self._gather.receive, gathering.flight.land(), strict=True):
                 _end(transfer.in_stack).of(stacks).copy_(values)
         self._round(stacks)
 
@@ -135,19 +167,25 @@ class ExchangePlan:
                 _end(transfer.in_buffer).of(buffers).copy_(_end(transfer.in_stack).of(stacks))
         if self.moves:
             assert flags is not None
-            received = self._all_to_all(self._scatter, [_end(t.in_stack).of(stacks) for t in self._scatter.send])
-            for transfer, direction in zip(self._scatter.receive, received, strict=True):
+            flight = self._depart(self._scatter, [_end(t.in_stack).of(stacks) for t in self._scatter.send])
+            for transfer, direction in zip(self._scatter.receive, flight.land(), strict=True):
                 target = _end(transfer.in_buffer).of(buffers)
                 target.copy_(torch.where(flags[transfer.block] > 0, direction.to(target.dtype), target))
 
-    def _all_to_all(self, route: _Route, outgoing: Iterable[Tensor]) -> list[Tensor]:
+    def _depart(self, route: _Route, outgoing: Iterable[Tensor]) -> _Flight:
         send = torch.empty(sum(route.send_splits), dtype=self._dtype, device=self._device)
         for packed, values in zip(_unpack(send, route.send), outgoing, strict=True):
             packed.copy_(values)
         receive = torch.empty(sum(route.receive_splits), dtype=self._dtype, device=self._device)
-        group = self._partition.process_group
-        dist.all_to_all_single(receive, send, route.receive_splits, route.send_splits, group=group)
-        return _unpack(receive, route.receive)
+        work = dist.all_to_all_single(
+            receive,
+            send,
+            route.receive_splits,
+            route.send_splits,
+            group=self._partition.process_group,
+            async_op=True,
+        )
+        return _Flight(work, send, receive, route.receive)
 
     def _round(self, stacks: Sequence[Tensor]) -> None:
         """Rounds every block to the exchange's dtype, sent or not, so that no result depends on who owns what."""
