@@ -19,6 +19,7 @@ from benchmarks.evidence.jobs import JobError, Result, run_all
 from benchmarks.evidence.protocol import FULL, SMALL, Protocol, Study
 from benchmarks.evidence.report import Outcome, draw, to_json, to_markdown
 from benchmarks.evidence.studies import STUDIES
+from benchmarks.evidence.summary import write_summary
 
 PROTOCOLS = {protocol.name: protocol for protocol in (SMALL, FULL)}
 
@@ -38,6 +39,7 @@ def main() -> None:
         (output / f"{study.name}.json").write_text(json.dumps(to_json(outcome, machine.describe()), indent=1) + "\n")
         (output / f"{study.name}.md").write_text(to_markdown(outcome))
         draw(outcome, output / f"{study.name}.png")
+        write_summary(output, STUDIES)
         print(to_markdown(outcome), flush=True)
 
 

@@ -61,7 +61,7 @@ def to_json(outcome: Outcome, machine: Mapping[str, Any]) -> dict[str, Any]:
         "program": [study.program, *study.arguments],
         "steps": protocol.steps(study),
         "seeds": list(protocol.seeds),
-        "chosen": dict(outcome.chosen),
+        "chosen": {contender.name: outcome.chosen[contender.name] for contender in study.contenders},
         "grid": [_end(result) for result in outcome.search],
         "runs": [_end(result) | {"curve": _curve(result)} for result in outcome.runs],
         "figures": [figure.to_json() for figure in outcome.figures()],
@@ -81,7 +81,7 @@ def to_markdown(outcome: Outcome) -> str:
         [
             f"## {study.title}",
             "",
-            f"`launch/{study.program} {' '.join(study.arguments)}`, {seeds} seed{'s' if seeds > 1 else ''}. "
+            f"`{' '.join((f'launch/{study.program}', *study.arguments))}`, {seeds} seed{'s' if seeds > 1 else ''}. "
             "Steps and seconds to another's end are parts of what that one took.",
             "",
             "| " + " | ".join(header) + " |",

@@ -15,6 +15,7 @@ from benchmarks.evidence.jobs import Result, arguments, effective_config
 from benchmarks.evidence.protocol import FULL, SMALL, Contender, Job, Study
 from benchmarks.evidence.report import Outcome, draw, to_json, to_markdown
 from benchmarks.evidence.studies import STUDIES
+from benchmarks.evidence.summary import summary
 from corpora import CORPORA
 from metric import Metric
 
@@ -118,6 +119,8 @@ def test_a_report_says_what_was_run(tmp_path: Path) -> None:
     assert [figure["faster"]["median"] for figure in written["figures"]] == [2.0, 0.5]
     table = to_markdown(outcome)
     assert "| Shampoo | 4 | 50 | 9.0000 | 3000 | 0.50 | 1.50 |" in table
+    (line,) = [line for line in summary([written]).splitlines() if "Shampoo" in line]
+    assert line == "|  |  | Shampoo | 4 | 50 | 9.0000 | 2.00 | 0.50 | 1.50 |"
     draw(outcome, tmp_path / "made.png")
     assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
 
