@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from ds_shampoo.algorithm.precision import MatmulPrecision
@@ -50,6 +51,9 @@ Grafting = Literal[
     "adam_normalized",
 ]
 
+Dtype = Literal["float32", "bfloat16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 # Keys that other frameworks put into a param group and that mean nothing to Shampoo.
 GROUP_TAGS = frozenset({"params", "name", "moe", "initial_lr", "param_names", "preconditioned", "group_index"})
 
@@ -87,6 +91,7 @@ class GroupSettings(BaseModel):
     matmul_precision: MatmulPrecision = "highest"
     root_interval: PositiveInt = 10
     root_method: Literal["eigh", "newton"] = "eigh"
+    root_dtype: Dtype = "float32"
     root_refresh_threshold: Annotated[float, Field(ge=0)] = 0.0
     max_root_failures: PositiveInt = 5
 
@@ -94,7 +99,7 @@ class GroupSettings(BaseModel):
 class ShampooConfig(GroupSettings):
     """Everything the JSON's `optimizer.params` section may hold: the group settings and the job-wide ones."""
 
-    exchange_dtype: Literal["float32", "bfloat16"] = "float32"
+    exchange_dtype: Dtype = "float32"
     root_overlap: bool = True
     root_delay: Annotated[int, Field(ge=0)] | None = None
     root_threads: PositiveInt | None = None

@@ -13,7 +13,7 @@ from ds_shampoo.algorithm import grafting
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import matmul_precision
 from ds_shampoo.algorithm.preconditioner import PRECONDITIONERS, ShampooPreconditioner
-from ds_shampoo.config import GroupSettings
+from ds_shampoo.config import DTYPES, GroupSettings
 from ds_shampoo.elementwise import ElementwiseStep, StepMemory, TensorStep
 from ds_shampoo.host.roots import RootCounts, RootKeeper
 from ds_shampoo.host.schedule import RootSchedule
@@ -22,8 +22,6 @@ from ds_shampoo.sharding.exchange import ExchangePlan, Gathering, StackPlace
 from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
 from ds_shampoo.sharding.table import BlockTable
 from ds_shampoo.stopwatch import Stopwatch
-
-_EXCHANGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Unit(NamedTuple):
@@ -67,7 +65,8 @@ class ShardedGroup:
         self._ordinals = table.owned()
         self._rows = [torch.tensor(ordinals, device=device) for ordinals in self._ordinals]
         build = PRECONDITIONERS[settings.preconditioner]
-        self.stacks = [build([blocks[i] for i in ordinals], device) for ordinals in self._ordinals]
+        root_dtype = DTYPES[settings.root_dtype]
+        self.stacks = [build([blocks[i] for i in ordinals], device, root_dtype) for ordinals in self._ordinals]
         self.counts = RootCounts()
         self._keepers = [
             RootKeeper(stack, [places[block] for block in stack.blocks], service, self.counts) for stack in self.stacks
@@ -77,8 +76,9 @@ class ShardedGroup:
             for stack, ordinals in enumerate(self._ordinals)
             for slot, ordinal in enumerate(ordinals)
         }
-        dtype = _EXCHANGE_DTYPES[exchange_dtype]
-        self.plan = ExchangePlan(blocks, table.pieces, owners, stacked, partition, device, dtype)
+        self.plan = ExchangePlan(
+            blocks, table.pieces, owners, stacked, partition, device, DTYPES[exchange_dtype]
+        )
         self._norms = PieceNorms(self.plan.sources, len(blocks), device)
         self._scaler: SegmentScaler | None = None
         if grafting.is_normalized(settings.grafting):

@@ -14,6 +14,7 @@ from ds_shampoo.algorithm import multi_tensor, products, selection
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
 from ds_shampoo.config import (
+    Dtype,
     Grafting,
     GroupSettings,
     SettingsError,
@@ -70,6 +71,7 @@ class Shampoo(Optimizer):
         matmul_precision: "highest", "high" or "medium": how far the inputs of the step's products, statistics and
             directions, may be rounded; what `torch.set_float32_matmul_precision` says elsewhere does not hold here.
         root_method: "eigh" or "newton" (coupled, fp64).
+        root_dtype: "float32" or "bfloat16", in which roots are kept between steps.
         root_refresh_threshold: skip a root whose statistic moved less than this; 0 never skips.
         max_root_failures: boundaries without a new root after which a block takes its grafting step.
         exchange_dtype: "float32" or "bfloat16", of what travels between ranks.
@@ -113,9 +115,10 @@ class Shampoo(Optimizer):
         matmul_precision: MatmulPrecision = "highest",
         root_interval: int = 10,
         root_method: Literal["eigh", "newton"] = "eigh",
+        root_dtype: Dtype = "float32",
         root_refresh_threshold: float = 0.0,
         max_root_failures: int = 5,
-        exchange_dtype: Literal["float32", "bfloat16"] = "float32",
+        exchange_dtype: Dtype = "float32",
         root_overlap: bool = True,
         root_delay: int | None = None,
         root_threads: int | None = None,

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from ds_shampoo.algorithm.cost import state_bytes
 from ds_shampoo.sharding.table import BlockTable
 
 _WIDTH = 140
@@ -62,6 +61,7 @@ def _rows(tables: Sequence[BlockTable]) -> dict[str, _Row]:
     rows: dict[str, _Row] = {}
     for block_table in tables:
         owners = dict(zip(block_table.blocks, block_table.owners, strict=True))
+        state_bytes = dict(zip(block_table.blocks, block_table.state_bytes, strict=True))
         for name, (blocked, reason) in block_table.blocked.items():
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
             shape = block_table.shapes[name]
@@ -72,7 +72,7 @@ def _rows(tables: Sequence[BlockTable]) -> dict[str, _Row]:
             for block in blocked.blocks if blocked is not None else ():
                 row.blocks[block.shape] += 1
                 row.owners[owners[block]] += 1
-                row.bytes += state_bytes(block)
+                row.bytes += state_bytes[block]
     return rows
 
 

@@ -242,7 +242,16 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("carry", [lambda state: state, through_a_file], ids=["in memory", "through a file"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("extra", [{}, {"root_refresh_threshold": 0.3}, {"momentum": "after"}], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"root_refresh_threshold": 0.3},
+        {"root_refresh_threshold": 0.3, "root_dtype": "bfloat16"},
+        {"momentum": "after"},
+    ],
+    ids=str,
+)
 def test_a_run_goes_on_bit_for_bit(
     carry: Callable[[dict[str, Any]], dict[str, Any]], dtype: torch.dtype, extra: dict[str, Any]
 ) -> None:
@@ -256,9 +265,10 @@ def test_a_run_goes_on_bit_for_bit(
     resumed = copies(params)
     other = Shampoo(resumed, **SETTINGS, **extra)
     other.load_state_dict(carry(optimizer.state_dict()))
-    for (_, a), (_, b) in zip(flat(optimizer.state_dict()), flat(other.state_dict()), strict=True):
+    for (name, a), (_, b) in zip(flat(optimizer.state_dict()), flat(other.state_dict()), strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
-        assert not isinstance(a, Tensor) or a.dtype == b.dtype == torch.float32
+        kept = torch.bfloat16 if ".roots." in name and "root_dtype" in extra else torch.float32
+        assert not isinstance(a, Tensor) or a.dtype == b.dtype == kept
     run(optimizer, params, range(5, 11))
     run(other, resumed, range(5, 11))
     assert equal(params, resumed)
@@ -338,6 +348,7 @@ def test_closures() -> None:
         ({"statistics_beta": 0.0}, r"'statistics_beta' = 0.0: Input should be greater than 0"),
         ({"matrix_epsilon": 0.5}, r"'matrix_epsilon' = 0.5: Input should be less than or equal to 0.1"),
         ({"root_method": "cholesky"}, r"'root_method' = 'cholesky': Input should be 'eigh' or 'newton'"),
+        ({"root_dtype": "float16"}, r"'root_dtype' = 'float16': Input should be 'float32' or 'bfloat16'"),
         ({"matmul_precision": "tf32"}, r"'matmul_precision' = 'tf32': Input should be 'highest', 'high' or 'medium'"),
         ({"exchange_dtype": "int8"}, r"'exchange_dtype' = 'int8'"),
         ({"root_delay": 0}, r"'root_delay' = 0: with root_overlap a root is put in force 1 to root_interval steps"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.orthogonal import STEPS
+from ds_shampoo.algorithm.triangle import packed_numel
 
 FP32_BYTES = 4
 
@@ -36,6 +37,6 @@ def step_flops(block: Block, statistics_interval: int, root_interval: int, preco
     return statistics_flops(block) / statistics_interval + direction + root_flops(block) / root_interval
 
 
-def state_bytes(block: Block) -> int:
-    """Factors and inverse roots at the owner, both fp32."""
-    return 2 * FP32_BYTES * sum(dim**2 for dim in block.factor_dims)
+def state_bytes(block: Block, root_bytes: int = FP32_BYTES) -> int:
+    """Factors, packed triangles in fp32, and inverse roots, whole, of so many bytes an element."""
+    return sum(FP32_BYTES * packed_numel(dim) + root_bytes * dim**2 for dim in block.factor_dims)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,10 @@ from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.orthogonal import orthogonalize
 from ds_shampoo.algorithm.products import multiply
 from ds_shampoo.algorithm.statistics import accumulate
+from ds_shampoo.algorithm.triangle import packed_numel
+
+# Roots of another dtype than fp32 are widened for the products, so many elements at a time: 16 MiB.
+_WIDENED_AT_ONCE = 2**22
 
 
 class Preconditioner(Protocol):
@@ -38,20 +42,24 @@ class Preconditioner(Protocol):
 
 
 class ShampooPreconditioner:
-    """Shampoo's: a Kronecker factor and an inverse root per preconditioned dimension, all stacks [n, d, d] fp32.
+    """Shampoo's: a Kronecker factor and an inverse root per preconditioned dimension.
 
     Attributes:
-        factors, roots: one tensor per preconditioned dimension, in the order of `Block.preconditioned`.
+        factors: one tensor per preconditioned dimension, in the order of `Block.preconditioned`: packed lower
+            triangles [n, packed_numel(d)] fp32.
+        roots: likewise, [n, d, d] of `root_dtype`.
         updates: how often each slot's statistics were updated.
         ready: whether each slot's roots are all in force.
         root_order: p of the roots A^(-1/p).
     """
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32
+    ) -> None:
         self.blocks = tuple(blocks)
         count, dims = len(blocks), blocks[0].factor_dims
-        self.factors = [torch.zeros(count, dim, dim, device=device) for dim in dims]
-        self.roots = [torch.zeros(count, dim, dim, device=device) for dim in dims]
+        self.factors = [torch.zeros(count, packed_numel(dim), device=device) for dim in dims]
+        self.roots = [torch.zeros(count, dim, dim, dtype=root_dtype, device=device) for dim in dims]
         self.root_order = 2 * len(dims)
         self.updates = [0] * count
         self.ready = [False] * count
@@ -74,7 +82,8 @@ class ShampooPreconditioner:
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """Multiplies every preconditioned dimension by its inverse root; for a matrix X_L V X_R."""
         for root, dim in zip(self.roots, self.blocks[0].preconditioned, strict=True):
-            mode_product(root, vectors, dim, scratch)
+            for slots in _widened_together(root):
+                mode_product(root[slots].float(), vectors[slots], dim, scratch[slots])
             vectors, scratch = scratch, vectors
         return vectors
 
@@ -108,8 +117,10 @@ class SpectralPreconditioner(ShampooPreconditioner):
     whole matrices). A root applied twice has half of Shampoo's exponent.
     """
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
-        super().__init__(blocks, device)
+    def __init__(
+        self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(blocks, device, root_dtype)
         self.root_order *= 2
 
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
@@ -122,6 +133,14 @@ class SpectralPreconditioner(ShampooPreconditioner):
 
 
 PRECONDITIONERS = {"shampoo": ShampooPreconditioner, "spectral": SpectralPreconditioner}
+
+
+def _widened_together(root: Tensor) -> Iterator[slice]:
+    """Slots [n, d, d] by as many as their products take at once: all of those that are fp32 already."""
+    count = len(root)
+    together = count if root.dtype == torch.float32 else max(1, _WIDENED_AT_ONCE // root[0].numel())
+    for first in range(0, count, together):
+        yield slice(first, first + together)
 
 
 def mode_product(matrix: Tensor, stacked: Tensor, dim: int, out: Tensor) -> None:

@@ -8,12 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ds_shampoo.algorithm.triangle import views
+
 # Below so many multiplications a product is over before oneDNN's call has paid: even at order 96 to 128.
 _WORTH_ONEDNN = 128**3
-# From this order on only the lower triangle of a Gram matrix is computed, panel by panel: 62 to 75 per cent of the
-# full product's flops. oneDNN is so much faster in large products that panels of 256 gain nothing.
-_PANELS_FROM, _ONEDNN_PANELS_FROM = 256, 512
-_PANEL = 128
 
 # left [m, k] and right [l, k], both contiguous, or `right` the transpose of a contiguous tensor: left rightᵀ, new.
 Multiply = Callable[[Tensor, Tensor], Tensor]
@@ -33,27 +31,26 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def accumulate_gram(target: Tensor, rows: Tensor, beta: float) -> None:
-    """target <- beta target + w rows rowsᵀ, of which only the lower triangles are meaningful afterwards.
+    """target <- beta target + w rows rowsᵀ.
 
     Args:
-        target: [n, d, d] fp32.
+        target: [n, packed_numel(d)] fp32, packed lower triangles.
         rows: [n, d, m] fp32, of any strides.
         beta: w is 1 - beta, or 1 for a beta of 1.
     """
     order = rows.shape[1]
     onednn = _onednn_for(rows, order)
     if onednn is None:
-        panel = order if order < _PANELS_FROM else max(_PANEL, order // 4)
-        for at in range(0, order, panel):
-            part = target[:, at:, at : at + panel]
-            weight = 1 - beta if beta < 1 else 1.0
-            torch.baddbmm(part, rows[:, at:], rows[:, at : at + panel].mT, beta=beta, alpha=weight, out=part)
+        weight = 1 - beta if beta < 1 else 1.0
+        for panel, part in views(target, order):
+            right = rows[:, panel.start : panel.start + panel.width].mT
+            torch.baddbmm(part, rows[:, panel.start :], right, beta=beta, alpha=weight, out=part)
         return
-    panel = order if order < _ONEDNN_PANELS_FROM else _PANEL
-    for matrix, own in zip(target, rows, strict=True):
+    for packed, own in zip(target, rows, strict=True):
         dense = own.contiguous()
-        for at in range(0, order, panel):
-            _take_in(matrix[at:, at : at + panel], onednn(dense[at:], dense[at : at + panel]), beta)
+        for panel, part in views(packed, order):
+            right = dense[panel.start : panel.start + panel.width]
+            _take_in(part, onednn(dense[panel.start :], right), beta)
 
 
 def _take_in(part: Tensor, product: Tensor, beta: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.products import accumulate_gram
@@ -17,19 +16,12 @@ def accumulate(factor: Tensor, grad: Tensor, dim: int, beta: float) -> None:
     """Updates one factor of stacked blocks in place.
 
     Args:
-        factor: [n, d, d] fp32. Only its lower triangle is meaningful; see `symmetric`.
+        factor: [n, packed_numel(d)] fp32, packed lower triangles; see `triangle`.
         grad: [n, d_0, .., d_k] fp32 block gradients.
         dim: the block dimension that the factor belongs to; d = d_dim.
         beta: decay b; the new term's weight is 1 - b, or 1 for b = 1 (the AdaGrad sum).
     """
     accumulate_gram(factor, matricize(grad, dim), beta)
-
-
-def symmetric(factor: Tensor) -> Tensor:
-    """The full symmetric matrices [.., d, d] of which `accumulate` keeps the lower triangle."""
-    # Through a copy: torch transposes that in tiles, four times as fast as it adds a transposed view.
-    upper = torch.empty_like(factor).copy_(factor.tril(-1).mT)
-    return upper.add_(factor.tril())
 
 
 def bias_correction(beta: float, updates: int) -> float:

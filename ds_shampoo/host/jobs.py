@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.roots import Outcome, inverse_root
-from ds_shampoo.algorithm.statistics import symmetric
+from ds_shampoo.algorithm.triangle import unpack
 from ds_shampoo.host.transfer import HostCopy, Transfers
 
 
@@ -37,7 +38,7 @@ class RootAnswer:
     Attributes:
         verdict: how it ended.
         method: the rung that gave the root, or why there is none.
-        root: X, [d, d] fp32 in a host buffer; ACCEPTED and FALLBACK only.
+        root: X, [d, d] in a host buffer, of the dtype in which roots are kept; ACCEPTED and FALLBACK only.
         statistic: the A that the root belongs to, kept where the next job may be skipped: [d, d] fp32.
         scale: what the former root is multiplied by; SKIPPED only.
     """
@@ -54,30 +55,34 @@ class RootJob:
     """X = (A + epsilon lambda_max(A) I)^(-1/p) for one factor's statistic A, as of the step of the snapshot.
 
     Attributes:
-        snapshot: the factor's lower triangle, [d, d] fp32; A is it, mirrored, over `correction`.
+        snapshot: the factor's packed lower triangle; A is it, unpacked, over `correction`.
+        order: d.
         correction: the bias correction, 1 - b^n.
         p, epsilon, method: of `inverse_root`.
+        root_dtype: in which the root is kept.
         threshold: `root_refresh_threshold`; 0 never skips.
         former: the statistic of the root in force, [d, d] fp32; None where nothing may be skipped.
     """
 
     snapshot: HostCopy
+    order: int
     correction: float
     p: int
     epsilon: float
     method: str
+    root_dtype: torch.dtype
     threshold: float
     former: Tensor | None
 
     def solve(self, transfers: Transfers) -> RootAnswer:
         """Runs the job on the calling thread; the same bits on any thread that is held to one core."""
-        matrix = symmetric(self.snapshot.wait()) / self.correction
+        matrix = unpack(self.snapshot.wait(), self.order).div_(self.correction)
         if self.former is not None:
             moved, scale = relative_move(self.former, matrix)
             if moved < self.threshold:
                 return RootAnswer(Verdict.SKIPPED, "", None, self.former * scale, float(scale ** (-1.0 / self.p)))
         found = inverse_root(matrix, self.p, self.epsilon, self.method)
-        root = None if found.root is None else transfers.result(found.root)
+        root = None if found.root is None else transfers.result(found.root, self.root_dtype)
         kept = matrix if self.threshold > 0 and root is not None else None
         return RootAnswer(_VERDICTS[found.outcome], found.method, root, kept)
 

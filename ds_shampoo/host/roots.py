@@ -182,14 +182,18 @@ class RootKeeper:
         return [
             RootJob(
                 snapshot,
+                root.shape[-1],
                 correction,
                 p,
                 settings.matrix_epsilon,
                 settings.root_method,
+                root.dtype,
                 threshold,
                 former if threshold > 0 else None,
             )
-            for snapshot, correction, former in zip(snapshots, corrections, block.rooted, strict=True)
+            for root, snapshot, correction, former in zip(
+                self._stack.roots, snapshots, corrections, block.rooted, strict=True
+            )
         ]
 
     def _submit(self, slot: int, begun_at: int, due_at: int, jobs: list[RootJob]) -> _Pending:

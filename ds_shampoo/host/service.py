@@ -59,8 +59,7 @@ class RootService:
 
     def submit(self, label: str, job: RootJob, delay: int) -> Task[RootAnswer]:
         """Begins a job that is due in `delay` steps; the earliest due and among them the largest go first."""
-        order = job.snapshot.tensor.shape[0]
-        task = Task(label, (self._step + delay, -order), partial(job.solve, self.transfers))
+        task = Task(label, (self._step + delay, -job.order), partial(job.solve, self.transfers))
         self._executor.submit(task)
         return task
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,17 @@ class HostCopy:
         return self.tensor
 
 
+class _Kind(NamedTuple):
+    """What buffers of one kind share."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _kind_of(copy: HostCopy) -> _Kind:
+    return _Kind(copy.tensor.shape, copy.tensor.dtype)
+
+
 class Transfers:
     """The copies of one device. On a CPU they are plain copies; elsewhere buffers are pinned.
 
@@ -38,15 +49,15 @@ class Transfers:
     def __init__(self, device: torch.device) -> None:
         self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._side: Any = self._module.Stream(device) if self._module else None
-        # By shape, and apart by who writes them: the device writes snapshots, worker threads write results.
-        self._snapshots: dict[torch.Size, list[HostCopy]] = defaultdict(list)
-        self._results: dict[torch.Size, list[HostCopy]] = defaultdict(list)
+        # By shape and dtype, and apart by who writes them: the device writes snapshots, worker threads write results.
+        self._snapshots: dict[_Kind, list[HostCopy]] = defaultdict(list)
+        self._results: dict[_Kind, list[HostCopy]] = defaultdict(list)
         self.bytes = 0
         self._counting = threading.Lock()
 
     def snapshot(self, source: Tensor) -> HostCopy:
         """Copies a tensor to the host, behind what the training stream has been given so far."""
-        buffer = self._buffer(self._snapshots, source.shape)
+        buffer = self._buffer(self._snapshots, _Kind(source.shape, source.dtype))
         if self._side is None:
             buffer.copy_(source)
             return HostCopy(buffer)
@@ -62,35 +73,35 @@ class Transfers:
         if self._side is not None:
             self._module.current_stream(self._side.device).wait_stream(self._side)
 
-    def result(self, values: Tensor) -> HostCopy:
-        """A host tensor, of any dtype, in an fp32 buffer that `install` can take; for worker threads."""
-        buffer = self._buffer(self._results, values.shape)
+    def result(self, values: Tensor, dtype: torch.dtype) -> HostCopy:
+        """A host tensor, rounded to `dtype`, in a buffer that `install` can take; for worker threads."""
+        buffer = self._buffer(self._results, _Kind(values.shape, dtype))
         buffer.copy_(values)
         return HostCopy(buffer)
 
     def install(self, result: HostCopy, target: Tensor) -> None:
-        """Copies a result over a device tensor, in order with the training stream, and takes its buffer back."""
+        """Copies a result over a device tensor of its dtype, in order with the training stream; takes its buffer back."""
         target.copy_(result.tensor, non_blocking=True)
         event = None
         if self._module is not None:
             event = self._module.Event()
             event.record(self._module.current_stream(target.device))
-        self._results[result.tensor.shape].append(HostCopy(result.tensor, event))
+        self._results[_kind_of(result)].append(HostCopy(result.tensor, event))
 
     def release(self, snapshot: HostCopy) -> None:
         """Takes back the buffer of a snapshot that nobody reads any more."""
-        self._snapshots[snapshot.tensor.shape].append(snapshot)
+        self._snapshots[_kind_of(snapshot)].append(snapshot)
 
     def abandon(self, snapshot: HostCopy) -> None:
         """Gives up the buffer of a snapshot that a lost thread may still read."""
         with self._counting:
             self.bytes -= snapshot.tensor.nbytes
 
-    def _buffer(self, free: dict[torch.Size, list[HostCopy]], shape: torch.Size) -> Tensor:
+    def _buffer(self, free: dict[_Kind, list[HostCopy]], kind: _Kind) -> Tensor:
         try:
-            return free[shape].pop().wait()
+            return free[kind].pop().wait()
         except IndexError:
-            buffer = torch.empty(shape, dtype=torch.float32, pin_memory=self._module is not None)
+            buffer = torch.empty(kind.shape, dtype=kind.dtype, pin_memory=self._module is not None)
             with self._counting:
                 self.bytes += buffer.nbytes
             return buffer

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ds_shampoo.algorithm import cost
 from ds_shampoo.algorithm.blocks import Block, BlockedParameter, cut
 from ds_shampoo.algorithm.selection import Role
-from ds_shampoo.config import GroupSettings
+from ds_shampoo.config import DTYPES, GroupSettings
 from ds_shampoo.sharding.fragments import Fragment, Piece, pieces_of
 from ds_shampoo.sharding.ownership import assign, fingerprint
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
@@ -26,6 +26,7 @@ class BlockTable:
         blocks: all blocks in an order that all ranks share; a block's ordinal is its place here.
         pieces: the parts of the blocks on all ranks.
         owners: by ordinal, the rank that keeps the block.
+        state_bytes: by ordinal, of its factors and roots.
     """
 
     partition: Partition
@@ -34,6 +35,7 @@ class BlockTable:
     blocks: list[Block]
     pieces: list[Piece]
     owners: list[int]
+    state_bytes: list[int]
 
     @property
     def fingerprint(self) -> int:
@@ -83,7 +85,8 @@ def block_table(
     for owner, load in zip(owners, costs, strict=True):
         loads[owner] += load
     shapes = {parameter.name: parameter.shape for parameter in parameters}
-    return BlockTable(partition, shapes, blocked, blocks, pieces, owners)
+    state_bytes = [cost.state_bytes(block, DTYPES[settings.root_dtype].itemsize) for block in blocks]
+    return BlockTable(partition, shapes, blocked, blocks, pieces, owners, state_bytes)
 
 
 def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[BlockedParameter | None, str]:

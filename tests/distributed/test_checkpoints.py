@@ -131,8 +131,12 @@ def test_the_comparison_notices_lost_roots(pools: Pools, saved: tuple[Path, Trac
 
 @pytest.mark.parametrize(
     ("changed", "kept"),
-    [({"root_interval": 7, "root_threads": 2}, True), ({"block_size": 40}, False)],
-    ids=["interval", "block_size"],
+    [
+        ({"root_interval": 7, "root_threads": 2}, True),
+        ({"root_dtype": "bfloat16"}, True),
+        ({"block_size": 40}, False),
+    ],
+    ids=["interval", "root_dtype", "block_size"],
 )
 def test_changed_settings(pools: Pools, saved: tuple[Path, Trace], changed: dict[str, Any], kept: bool) -> None:
     folder, _ = saved
