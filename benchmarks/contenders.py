@@ -139,8 +139,12 @@ def _shampoo_medium(model: nn.Module, lr: float) -> Sequence[Optimizer]:
     return _shampoo(model, lr, matmul_precision="medium")
 
 
-def _spectral(model: nn.Module, lr: float) -> Sequence[Optimizer]:
-    return _shampoo(model, lr, preconditioner="spectral", direction_rms=0.2, statistics_beta=0.95)
+def _spectral(model: nn.Module, lr: float, **settings: object) -> Sequence[Optimizer]:
+    return _shampoo(model, lr, preconditioner="spectral", direction_rms=0.2, statistics_beta=0.95, **settings)
+
+
+def _spectral_medium(model: nn.Module, lr: float) -> Sequence[Optimizer]:
+    return _spectral(model, lr, matmul_precision="medium")
 
 
 def _scalable_shampoo(model: nn.Module, lr: float) -> Sequence[Optimizer]:
@@ -177,6 +181,8 @@ SHAMPOO = Contender("ds-shampoo", 4e-3, _shampoo, module="ds_shampoo")
 SHAMPOO_MEDIUM = Contender("ds-shampoo-medium", 4e-3, _shampoo_medium, module="ds_shampoo")
 # Five Newton-Schulz steps and a second pair of root products in every direction.
 SPECTRAL = Contender("ds-shampoo-spectral", 8e-3, _spectral, module="ds_shampoo")
+# The iterations in bfloat16, as those of torch's Muon.
+SPECTRAL_MEDIUM = Contender("ds-shampoo-spectral-medium", 8e-3, _spectral_medium, module="ds_shampoo")
 # Roots in the step: those of a tenth of the blocks in every one.
 SHAMPOO_INLINE = Contender("ds-shampoo-inline", 4e-3, _shampoo_inline, 1, 1, "ds_shampoo")
 SCALABLE_SHAMPOO = Contender(
@@ -194,5 +200,6 @@ CONTENDERS = (
     SHAMPOO,
     SHAMPOO_MEDIUM,
     SPECTRAL,
+    SPECTRAL_MEDIUM,
     SHAMPOO_INLINE,
 )

@@ -76,9 +76,7 @@ class ShardedGroup:
             for stack, ordinals in enumerate(self._ordinals)
             for slot, ordinal in enumerate(ordinals)
         }
-        self.plan = ExchangePlan(
-            blocks, table.pieces, owners, stacked, partition, device, DTYPES[exchange_dtype]
-        )
+        self.plan = ExchangePlan(blocks, table.pieces, owners, stacked, partition, device, DTYPES[exchange_dtype])
         self._norms = PieceNorms(self.plan.sources, len(blocks), device)
         self._scaler: SegmentScaler | None = None
         if grafting.is_normalized(settings.grafting):

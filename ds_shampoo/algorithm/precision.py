@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,14 @@ _BY_BACKEND = {
 }
 
 
+_in_force: ContextVar[MatmulPrecision] = ContextVar("matmul_precision", default="highest")
+
+
+def in_force() -> MatmulPrecision:
+    """What the innermost `matmul_precision` around this says."""
+    return _in_force.get()
+
+
 @contextlib.contextmanager
 def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
     """Products of fp32 tensors round their inputs at most so far; afterwards the job's own setting holds again.
@@ -28,6 +37,16 @@ def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
 
     The setting is the process's, not the thread's. fp64 products, hence the roots, are not touched by it.
     """
+    token = _in_force.set(precision)
+    try:
+        with _torch_allows(precision):
+            yield
+    finally:
+        _in_force.reset(token)
+
+
+@contextlib.contextmanager
+def _torch_allows(precision: MatmulPrecision) -> Iterator[None]:
     if not hasattr(torch.backends.mkldnn, "matmul"):  # torch before 2.9
         job_wide = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)

@@ -53,9 +53,7 @@ class ShampooPreconditioner:
         root_order: p of the roots A^(-1/p).
     """
 
-    def __init__(
-        self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32) -> None:
         self.blocks = tuple(blocks)
         count, dims = len(blocks), blocks[0].factor_dims
         self.factors = [torch.zeros(count, packed_numel(dim), device=device) for dim in dims]
@@ -117,9 +115,7 @@ class SpectralPreconditioner(ShampooPreconditioner):
     whole matrices). A root applied twice has half of Shampoo's exponent.
     """
 
-    def __init__(
-        self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(blocks, device, root_dtype)
         self.root_order *= 2
 

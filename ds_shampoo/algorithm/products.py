@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ds_shampoo.algorithm.precision import in_force
 from ds_shampoo.algorithm.triangle import views
 
 # Below so many multiplications a product is over before oneDNN's call has paid: even at order 96 to 128.
@@ -18,7 +19,7 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out <- left right, for stacks [n, m, k] and [n, k, l] fp32; `out` is neither of them.
+    """out <- left right, for stacks [n, m, k] and [n, k, l] in fp32 or bfloat16; `out` is neither of them.
 
     All are contiguous, but `right` may be the transpose (`mT`) of a contiguous stack.
     """
@@ -28,6 +29,19 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
         return
     for product, a, b in zip(out, left, right, strict=True):
         product.copy_(onednn(a, b.mT))
+
+
+def multiply_add(left: Tensor, right: Tensor, addend: Tensor, alpha: float, beta: float, out: Tensor) -> None:
+    """out <- alpha left right + beta addend, of stacks as `multiply` takes them, in fp32 or bfloat16.
+
+    `addend` is contiguous, of the result's shape, and may be one of the factors; `out` is none of the three.
+    """
+    onednn = _onednn_for(left, right.shape[2])
+    if onednn is None:
+        torch.baddbmm(addend, left, right, beta=beta, alpha=alpha, out=out)
+        return
+    for result, own, a, b in zip(out, addend, left, right, strict=True):
+        torch.add(onednn(a, b.mT).mul_(alpha), own, alpha=beta, out=result)
 
 
 def accumulate_gram(target: Tensor, rows: Tensor, beta: float) -> None:
@@ -67,16 +81,12 @@ def describe(device: torch.device) -> str:
 
 def _onednn_for(left: Tensor, columns: int) -> Multiply | None:
     """oneDNN's product, where it is worth its call for left [n, m, k] and so many columns of the result."""
-    if left.device.type != "cpu" or left.shape[1] * left.shape[2] * columns < _WORTH_ONEDNN:
+    if left.device.type != "cpu" or left.dtype != torch.float32:
         return None
-    return onednn_product() if _strictly_fp32() else None
-
-
-def _strictly_fp32() -> bool:
-    """Whether `matmul_precision` is "highest"; with any other torch itself calls oneDNN where that gains."""
-    if not hasattr(torch.backends.mkldnn, "matmul"):  # torch before 2.9
-        return torch.get_float32_matmul_precision() == "highest"
-    return bool(torch.backends.mkldnn.matmul.fp32_precision == "ieee")
+    if left.shape[1] * left.shape[2] * columns < _WORTH_ONEDNN:
+        return None
+    # Where inputs may be rounded, torch itself calls oneDNN if that gains.
+    return onednn_product() if in_force() == "highest" else None
 
 
 @functools.cache
