@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 # Narrower panels would come closer to half of the matrix, but their products no longer use a processor well.
@@ -52,7 +51,7 @@ def views(packed: Tensor, order: int) -> Iterator[tuple[Panel, Tensor]]:
     for panel in panels(order):
         rows = order - panel.start
         flat = packed[..., panel.offset : panel.offset + rows * panel.width]
-        yield panel, flat.unflatten(-1, (rows, panel.width))
+        yield panel, flat.view(*flat.shape[:-1], rows, panel.width)
 
 
 def unpack(packed: Tensor, order: int) -> Tensor:

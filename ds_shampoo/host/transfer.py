@@ -80,7 +80,7 @@ class Transfers:
         return HostCopy(buffer)
 
     def install(self, result: HostCopy, target: Tensor) -> None:
-        """Copies a result over a device tensor of its dtype, in order with the training stream; takes its buffer back."""
+        """Copies a result over a device tensor of its dtype, in the training stream's order; takes its buffer back."""
         target.copy_(result.tensor, non_blocking=True)
         event = None
         if self._module is not None:
