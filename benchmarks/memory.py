@@ -20,12 +20,13 @@ from benchmarks import machine
 from benchmarks.allocations import allocations_of
 from benchmarks.ranks import on_ranks
 from benchmarks.report import table
+from ds_shampoo.config import DTYPES
 from gpt.model import GPT, GPTConfig
 
 # Until then every block has its roots, and every buffer is there.
 STEPS = 14
 ROOT_INTERVAL = 10
-# Bytes of factors and roots for each preconditioned parameter and rank: four fp32 numbers at square blocks.
+# Bytes of factors and roots for each preconditioned parameter and rank: whole fp32 ones of square blocks.
 TARGET = 16.0
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     numel, inside = sizes(GPT(config), args.block_size)
     print(
         f"GPT of {args.layers} layers, d_model {args.d_model}: {numel / 1e6:.2f}M parameters, {inside / 1e6:.2f}M of "
-        f"them in blocks of {args.block_size} at most\n"
+        f"them in blocks of {args.block_size} at most; roots in {args.root_dtype}\n"
     )
     rows = [
         worst(stage, on_ranks(ranks, bytes_of_a_rank, vars(args), stage), numel, inside)
@@ -88,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--block-size", type=int, default=512)
+    parser.add_argument("--root-dtype", choices=DTYPES, default="float32", help="in which roots are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     return parser.parse_args()
 
@@ -106,7 +108,8 @@ def bytes_of_a_rank(settings: dict[str, Any], stage: int) -> RankResult:
     import ds_shampoo
 
     torch.manual_seed(0)
-    params = {"block_size": settings["block_size"], "root_interval": ROOT_INTERVAL, "root_threads": 1}
+    own = {key: settings[key] for key in ("block_size", "root_dtype")}
+    params = {**own, "root_interval": ROOT_INTERVAL, "root_threads": 1}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},

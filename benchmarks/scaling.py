@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.cost import direction_flops, statistics_flops
 from ds_shampoo.sharding.exchange import choose_sources
 from ds_shampoo.sharding.fragments import Piece
+from ds_shampoo.stopwatch import PHASES
 from gpt.model import GPT, GPTConfig
 
 # Steps that are run but not counted: until then not every block has its roots.
@@ -44,6 +46,7 @@ class RankResult:
         step_ms: the median of the training thread's processor time in the optimizer.
         flops, all_flops: of the products of its own blocks, and of all blocks.
         exchange_bytes, predicted_bytes: sent in a step; as counted, and by the table of owners.
+        phases: median milliseconds of the wall clock by phase of the step.
     """
 
     step_ms: float
@@ -51,6 +54,7 @@ class RankResult:
     all_flops: float
     exchange_bytes: int
     predicted_bytes: int
+    phases: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Row:
     share: float
     exchange_bytes: int
     predicted_bytes: int
+    phases: dict[str, float]
 
 
 def main() -> None:
@@ -75,6 +80,8 @@ def main() -> None:
     measured = {ranks: on_ranks(ranks, steps_of_a_rank, vars(args)) for ranks in args.ranks}
     rows = scaling(measured)
     print(results_table(rows))
+    print()
+    print(phases_table(rows))
     if args.json:
         found = {"machine": machine.describe(), "settings": vars(args), "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
@@ -108,10 +115,12 @@ def steps_of_a_rank(settings: dict[str, Any]) -> RankResult:
     optimizer = engine.basic_optimizer
     clock = _timed(optimizer)
     tokens = torch.randint(256, (1, 33))
+    found: list[dict[str, float]] = []
     for _ in range(UNCOUNTED_STEPS + settings["steps"]):
         engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
         clock.append(0.0)
         engine.step()
+        found.append(optimizer.metrics(sync=True))
     tables = [unit.sharded.table for unit in optimizer.units()]
     rank = tables[0].partition.rank
     blocks = [(block, owner) for table in tables for block, owner in zip(table.blocks, table.owners, strict=True)]
@@ -121,6 +130,9 @@ def steps_of_a_rank(settings: dict[str, Any]) -> RankResult:
         all_flops=sum(_flops(block) for block, _ in blocks),
         exchange_bytes=int(optimizer.metrics()["exchange_bytes"]),
         predicted_bytes=sum(predicted_bytes(table.blocks, table.pieces, table.owners, rank) for table in tables),
+        phases={
+            phase: statistics.median(metrics[f"{phase}_ms"] for metrics in found[UNCOUNTED_STEPS:]) for phase in PHASES
+        },
     )
 
 
@@ -143,6 +155,7 @@ def scaling(measured: dict[int, list[RankResult]]) -> list[Row]:
             share=max(result.flops / result.all_flops for result in results),
             exchange_bytes=max(result.exchange_bytes for result in results),
             predicted_bytes=max(result.predicted_bytes for result in results),
+            phases=max(results, key=lambda result: result.step_ms).phases,
         )
         for ranks, results in measured.items()
     ]
@@ -167,6 +180,13 @@ def results_table(rows: Sequence[Row]) -> str:
     return (
         f"{table(header, lines)}\nThe busiest rank; met: its time is within {TARGET} times its share of the products."
     )
+
+
+def phases_table(rows: Sequence[Row]) -> str:
+    """Where a step goes; of those world sizes only whose ranks have a core each."""
+    seen = [row for row in rows if row.ranks <= (os.cpu_count() or 1)]
+    lines = [[str(row.ranks), *(f"{row.phases[phase]:.1f}" for phase in PHASES)] for row in seen]
+    return f"{table(('ranks', *PHASES), lines)}\nMilliseconds of the wall clock, waiting for other ranks included."
 
 
 def _flops(block: Block) -> float:

@@ -60,10 +60,11 @@ def best_rate(results: Sequence[Result]) -> float:
 def next_rate(results: Sequence[Result]) -> float | None:
     """The rate to try next: the neighbour that the best of these lacks, one step of the grid away; None if it has both.
 
-    Args:
-        results: of one contender, at two rates or more.
+    A contender whose grid is a single rate has that one by decree: None.
     """
     best, rates = best_rate(results), sorted(result.job.lr for result in results)
+    if len(rates) == 1:
+        return None
     step = rates[1] / rates[0]
     if best == rates[0]:
         return best / step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.contender.name}-lr{self.lr:g}-{self.schedule}steps-seed{self.seed}"
+        contender = re.sub(r"\W+", "-", self.contender.name)
+        return f"{contender}-lr{self.lr:g}-{self.schedule}steps-seed{self.seed}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,4 +120,39 @@ IMAGES = Study(
     ),
 )
 
-STUDIES = (GPT, TRANSLATION, BERT, CLICKS, IMAGES, GPT_12M)
+# What rounding costs, at the rates that the small GPT chose.
+PRECISION = Study(
+    name="precision",
+    title="Lower precision: byte GPT of 3.3M parameters",
+    program="pretrain_gpt.py",
+    arguments=("--autocast", "--eval-windows", "400"),
+    corpus="gutenberg",
+    steps=400,
+    small_steps=40,
+    batch=8,
+    contenders=(
+        Contender("Shampoo", "gpt_zero2_shampoo.json", (4e-3,)),
+        Contender("bf16 roots", "gpt_zero2_shampoo.json", (4e-3,), overrides=(("root_dtype", "bfloat16"),)),
+        Contender("bf16 exchange", "gpt_zero2_shampoo.json", (4e-3,), overrides=(("exchange_dtype", "bfloat16"),)),
+        Contender("Spectral", "gpt_zero2_shampoo.json", (16e-3,), overrides=SPECTRAL),
+        Contender(
+            "Spectral, bf16 iterations",
+            "gpt_zero2_shampoo.json",
+            (16e-3,),
+            overrides=(*SPECTRAL, ("matmul_precision", "medium")),
+        ),
+        Contender(
+            "Spectral, all of these",
+            "gpt_zero2_shampoo.json",
+            (16e-3,),
+            overrides=(
+                *SPECTRAL,
+                ("matmul_precision", "medium"),
+                ("root_dtype", "bfloat16"),
+                ("exchange_dtype", "bfloat16"),
+            ),
+        ),
+    ),
+)
+
+STUDIES = (GPT, TRANSLATION, BERT, CLICKS, IMAGES, GPT_12M, PRECISION)

@@ -24,7 +24,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     All are contiguous, but `right` may be the transpose (`mT`) of a contiguous stack.
     """
     onednn = _onednn_for(left, right.shape[2])
-    if onednn is None:
+    if onednn is None or in_force() == "medium":  # for which torch itself calls oneDNN, and saves the copy
         torch.bmm(left, right, out=out)
         return
     for product, a, b in zip(out, left, right, strict=True):
@@ -85,8 +85,7 @@ def _onednn_for(left: Tensor, columns: int) -> Multiply | None:
         return None
     if left.shape[1] * left.shape[2] * columns < _WORTH_ONEDNN:
         return None
-    # Where inputs may be rounded, torch itself calls oneDNN if that gains.
-    return onednn_product() if in_force() == "highest" else None
+    return onednn_product()
 
 
 @functools.cache

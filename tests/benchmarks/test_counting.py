@@ -27,10 +27,14 @@ def test_bytes_of_the_exchange() -> None:
 def test_rows_are_of_the_busiest_rank() -> None:
     rows = scaling(
         {
-            1: [ScalingResult(40.0, 8.0, 8.0, 0, 0)],
-            2: [ScalingResult(18.0, 3.0, 8.0, 7, 7), ScalingResult(22.0, 5.0, 8.0, 3, 3)],
+            1: [ScalingResult(40.0, 8.0, 8.0, 0, 0, {"exchange": 1.0})],
+            2: [
+                ScalingResult(18.0, 3.0, 8.0, 7, 7, {"exchange": 2.0}),
+                ScalingResult(22.0, 5.0, 8.0, 3, 3, {"exchange": 3.0}),
+            ],
         }
     )
+    assert [row.phases["exchange"] for row in rows] == [1.0, 3.0]
     assert [(row.ratio, row.share, row.exchange_bytes) for row in rows] == [(1.0, 1.0, 0), (0.55, 0.625, 7)]
 
 
