@@ -127,6 +127,7 @@ def parse(settings: Mapping[str, Any]) -> ShampooConfig:
             "after its statistics; for roots computed within the step set root_overlap to false"
         )
     check_delay(config, config.root_delay)
+    check_rescaling(config)
     return config
 
 
@@ -139,6 +140,19 @@ def check_delay(settings: GroupSettings, delay: int | None) -> None:
     if delay is not None and delay > settings.root_interval:
         raise SettingsError(
             f"Shampoo setting 'root_delay' = {delay}: must be at most root_interval, which is {settings.root_interval}"
+        )
+
+
+def check_rescaling(settings: GroupSettings) -> None:
+    """Refuses roots that are rescaled again and again where their dtype can't hold it: each time rounds, and it adds up.
+
+    Raises:
+        SettingsError: naming both settings.
+    """
+    if settings.root_refresh_threshold > 0 and settings.root_dtype != "float32":
+        raise SettingsError(
+            f"Shampoo setting 'root_dtype' = '{settings.root_dtype}': must be 'float32' where root_refresh_threshold is "
+            f"above 0, which is {settings.root_refresh_threshold}: roots that are skipped are rescaled in place"
         )
 
 
@@ -161,7 +175,9 @@ def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupS
     if not isinstance(preconditioned, bool):
         raise SettingsError(f"param group key 'preconditioned' = {preconditioned!r}: must be true or false")
     known = {key: value for key, value in own.items() if key in GroupSettings.model_fields}
-    return _validate(GroupSettings, {**defaults, **known})
+    settings = _validate(GroupSettings, {**defaults, **known})
+    check_rescaling(settings)
+    return settings
 
 
 def group_settings(group: Mapping[str, Any]) -> GroupSettings:

@@ -159,7 +159,8 @@ class ShardedGroup:
             due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
             with self._stopwatch.phase("statistics"), matmul_precision(settings.matmul_precision):
                 stack.update(stacked, due, settings.statistics_beta)
-            keeper.advance(clock, settings)
+            with self._stopwatch.phase("roots"):
+                keeper.advance(clock, settings)
         if vectors is not None:
             self._arrive(vectors, gathered)
             updates = self._staged(tensors, "update")

@@ -30,7 +30,14 @@ from ds_shampoo.host.schedule import RootSchedule, stagger
 from ds_shampoo.host.service import RootService
 from ds_shampoo.metrics import collect
 from ds_shampoo.report import render
-from ds_shampoo.saving import blocks_state, check_fits, load_blocks, restore_exactly, with_present_settings
+from ds_shampoo.saving import (
+    blocks_state,
+    check_fits,
+    load_blocks,
+    restore_exactly,
+    with_all_settings,
+    with_present_settings,
+)
 from ds_shampoo.sharding.order import by_name
 from ds_shampoo.sharding.ownership import fingerprint
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
@@ -232,8 +239,8 @@ class Shampoo(Optimizer):
         the share of their time that this is.
         snapshot_bytes: host memory for statistics and roots on their way.
         exchange_bytes: sent to other ranks in the last step.
-        elementwise_ms, exchange_ms, statistics_ms, precondition_ms: of the newest step that the device is through
-        with.
+        elementwise_ms, exchange_ms, statistics_ms, roots_ms, precondition_ms: of the newest step that the device is
+        through with; roots_ms is to begin jobs, wait for them and put roots in force.
 
         Args:
             sync: wait for the device, so that the times are those of the last step.
@@ -264,6 +271,11 @@ class Shampoo(Optimizer):
             state_dict = {**state_dict, "param_groups": with_present_settings(state_dict, self.param_groups)}
         else:
             check_fits(state_dict, self.param_groups)
+            state_dict = {**state_dict, "param_groups": with_all_settings(state_dict, self.param_groups)}
+            # Built for the present settings; the saved ones may want other preconditioners.
+            self._groups.clear()
+            self._loads.clear()
+            self._stepped.clear()
         super().load_state_dict(dict(state_dict))
         restore_exactly(self.state, state_dict, self.param_groups)
         self.prepare()

@@ -115,6 +115,14 @@ def with_present_settings(state_dict: Mapping[str, Any], groups: Sequence[Mappin
     ]
 
 
+def with_all_settings(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A checkpoint's param groups; a setting that the release which made it did not have is the present one."""
+    return [
+        {**{key: present[key] for key in GroupSettings.model_fields}, **saved}
+        for saved, present in zip(state_dict["param_groups"], groups, strict=True)
+    ]
+
+
 def _kept(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {key: saved[key] for key in ("params", "lr", "initial_lr") if key in saved}
 

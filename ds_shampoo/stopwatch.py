@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PHASES = ("elementwise", "exchange", "statistics", "precondition")
+PHASES = ("elementwise", "exchange", "statistics", "roots", "precondition")
 
 # Steps whose events the device may be behind with before the oldest are given up.
 _MOST_OPEN_STEPS = 64

@@ -247,7 +247,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     [
         {},
         {"root_refresh_threshold": 0.3},
-        {"root_refresh_threshold": 0.3, "root_dtype": "bfloat16"},
+        {"root_dtype": "bfloat16"},
         {"momentum": "after"},
     ],
     ids=str,
@@ -316,6 +316,24 @@ def test_a_setting_that_a_checkpoint_changes_is_said(caplog: pytest.LogCaptureFi
 # ---------------------------------------------------------------- what is refused
 
 
+@pytest.mark.parametrize("built", [False, True], ids=["fresh", "built"])
+def test_what_is_loaded_is_what_is_stepped(built: bool) -> None:
+    """The saved settings come back, those that blocks are built by too, whatever was done before."""
+    params = [parameter(7, 6)]
+    optimizer = Shampoo(params, **SETTINGS)
+    run(optimizer, params, range(5))
+    resumed = copies(params)
+    other = Shampoo(resumed, **SETTINGS, preconditioner="spectral", root_dtype="bfloat16")
+    if built:
+        other.describe()
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["direction_rms"]  # of a release that had no such setting
+    other.load_state_dict(saved)
+    run(optimizer, params, range(5, 11))
+    run(other, resumed, range(5, 11))
+    assert equal(params, resumed)
+
+
 def test_the_signature_has_the_models_defaults() -> None:
     signature = inspect.signature(Shampoo.__init__).parameters
     for key, field in ShampooConfig.model_fields.items():
@@ -349,6 +367,10 @@ def test_closures() -> None:
         ({"matrix_epsilon": 0.5}, r"'matrix_epsilon' = 0.5: Input should be less than or equal to 0.1"),
         ({"root_method": "cholesky"}, r"'root_method' = 'cholesky': Input should be 'eigh' or 'newton'"),
         ({"root_dtype": "float16"}, r"'root_dtype' = 'float16': Input should be 'float32' or 'bfloat16'"),
+        (
+            {"root_dtype": "bfloat16", "root_refresh_threshold": 0.1},
+            r"'root_dtype' = 'bfloat16': must be 'float32' where root_refresh_threshold is above 0, which is 0.1",
+        ),
         ({"matmul_precision": "tf32"}, r"'matmul_precision' = 'tf32': Input should be 'highest', 'high' or 'medium'"),
         ({"exchange_dtype": "int8"}, r"'exchange_dtype' = 'int8'"),
         ({"root_delay": 0}, r"'root_delay' = 0: with root_overlap a root is put in force 1 to root_interval steps"),
@@ -375,6 +397,10 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
         ({"block_sice": 3}, r"'block_sice' = 3: unknown key; did you mean 'block_size'"),
         ({"block_size": -3}, r"'block_size' = -3"),
         ({"exchange_dtype": "bfloat16"}, r"'exchange_dtype' holds for the whole job"),
+        (
+            {"root_dtype": "bfloat16", "root_refresh_threshold": 0.1},
+            r"'root_dtype' = 'bfloat16': must be 'float32' where",
+        ),
         ({"preconditioned": "no"}, r"'preconditioned' = 'no': must be true or false"),
     ],
 )

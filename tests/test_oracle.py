@@ -184,11 +184,12 @@ class Oracle:
                 continue
             self.install(block, t)
             own = block["place"] % s["root_interval"]
-            early = own % 10 if own - own % 10 >= self.delay() else own
-            if t - start == early or (t - start - own) % s["root_interval"] == 0:
+            early = t - start == own % 10 and own >= 10
+            if early or (t - start - own) % s["root_interval"] == 0:
                 p = (2 if s["preconditioner"] == "shampoo" else 4) * len(blocks["on"])
                 roots = [self.root(block, k, p) for k in range(len(blocks["on"]))]
-                block["coming"] = (t + self.delay(), roots)
+                delay = min(self.delay(), own - own % 10) if early else self.delay()
+                block["coming"] = (t + delay, roots)
                 self.install(block, t)
             if any(root is None for root in block["X"]):
                 continue
@@ -306,6 +307,7 @@ def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> 
         {"root_delay": 3},
         {"root_interval": 10, "root_delay": 10},
         {"root_interval": 25, "root_delay": 4},
+        {"root_interval": 25, "root_delay": 13},
         {"embedding": "one_sided"},
         {"embedding": "blocked"},
         {"max_preconditioner_dim": 9},

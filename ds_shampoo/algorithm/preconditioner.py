@@ -72,7 +72,7 @@ class ShampooPreconditioner:
             if len(slots) == len(self.blocks):
                 accumulate(factor, grads, dim, beta)
             else:
-                chosen = torch.tensor(slots, device=factor.device)
+                chosen = torch.tensor(slots).to(factor.device, non_blocking=True)
                 part = factor[chosen]
                 accumulate(part, grads[chosen], dim, beta)
                 factor[chosen] = part
@@ -99,7 +99,7 @@ class ShampooPreconditioner:
             if saved != [tuple(tensor.shape[1:]) for tensor in own]:
                 raise ValueError(
                     f"the {name} of block {self.blocks[slot]} have the shapes {saved} in the checkpoint, but "
-                    f"{[tuple(tensor.shape[1:]) for tensor in own]} here: block_size or the model has changed"
+                    f"{[tuple(tensor.shape[1:]) for tensor in own]} here: block_size, the model, or the release has changed"
                 )
             for tensor, value in zip(own, state[name], strict=True):
                 tensor[slot].copy_(value)

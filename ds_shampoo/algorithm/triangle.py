@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# How a matrix is cut is part of the format of checkpoints: who changes it changes `checkpoint.files.FORMAT`.
 # Narrower panels would come closer to half of the matrix, but their products no longer use a processor well.
 _NARROWEST = 128
 # And more of them would be more kernels than what they save is worth: with eight, 9/16 of a matrix are kept.

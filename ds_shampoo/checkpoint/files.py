@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 
 # Where a checkpoint has its blocks, beside the framework's own files.

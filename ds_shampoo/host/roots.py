@@ -103,13 +103,14 @@ class RootKeeper:
         Raises:
             WorkerError: naming the block, where a job raised.
         """
-        schedule, delay = RootSchedule.of(settings), self._service.delay(settings)
+        schedule, usual = RootSchedule.of(settings), self._service.delay(settings)
         for slot, step in enumerate(clock):
             if step == 0:
                 continue
             self._install_due(slot, step, settings)
-            if schedule.is_boundary(step, self._places[slot], delay) and self._stack.updates[slot]:
-                self._begin(slot, step, delay, settings)
+            place = self._places[slot]
+            if schedule.is_boundary(step, place) and self._stack.updates[slot]:
+                self._begin(slot, step, schedule.delay(step, place, usual), settings)
                 self._install_due(slot, step, settings)
 
     def age(self, slot: int, step: int) -> int | None:

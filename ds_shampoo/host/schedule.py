@@ -32,15 +32,15 @@ class RootSchedule:
         """Whether directions are preconditioned at this step, where roots are in force."""
         return step >= self.start_preconditioning_step
 
-    def is_boundary(self, step: int, place: int, delay: int) -> bool:
-        """Whether new roots are begun at this step for the block at this place of `stagger`'s order.
-
-        Args:
-            delay: steps until they are put in force.
-        """
+    def is_boundary(self, step: int, place: int) -> bool:
+        """Whether new roots are begun at this step for the block at this place of `stagger`'s order."""
         passed, own = step - self.start_preconditioning_step, place % self.root_interval
-        first = own % FIRST_WITHIN if own - own % FIRST_WITHIN >= delay else own
-        return passed == first or (passed >= own and (passed - own) % self.root_interval == 0)
+        return passed == own % FIRST_WITHIN or (passed >= own and (passed - own) % self.root_interval == 0)
+
+    def delay(self, step: int, place: int, usual: int) -> int:
+        """Steps until the roots begun at this boundary are in force: `usual`, or fewer, to be there before the next."""
+        passed, own = step - self.start_preconditioning_step, place % self.root_interval
+        return min(usual, own - passed) if passed < own else usual
 
 
 def stagger(blocks: Sequence[Block], first: int = 0) -> list[int]:

@@ -29,7 +29,9 @@ class PieceNorms:
         present = [i for i, (buffer, _, _) in enumerate(self._pieces) if buffers[buffer] is not None]
         if present:
             norms = kernels_for(self._device).norms([self._pieces[i][1].of(buffers) for i in present])
-            ordinals = self._ordinals if len(present) == len(self._pieces) else self._ordinals[present]
+            ordinals = self._ordinals
+            if len(present) < len(self._pieces):
+                ordinals = ordinals[torch.tensor(present).to(self._device, non_blocking=True)]
             total.index_add_(0, ordinals, norms.square())
         return total
 

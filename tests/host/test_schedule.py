@@ -20,7 +20,7 @@ def test_intervals_and_start(start: int, statistics: int, roots: int) -> None:
     schedule = RootSchedule(start, statistics, roots)
     steps = range(1, 100)
     assert [t for t in steps if schedule.statistics_due(t)] == list(range(1, 100, statistics))
-    assert [t for t in steps if schedule.is_boundary(t, 0, 0)] == list(range(start, 100, roots))
+    assert [t for t in steps if schedule.is_boundary(t, 0)] == list(range(start, 100, roots))
     assert [t for t in steps if schedule.preconditions(t)] == list(range(start, 100))
 
 
@@ -28,7 +28,7 @@ def test_intervals_and_start(start: int, statistics: int, roots: int) -> None:
 def test_a_parameter_without_gradient_is_never_due(start: int, statistics: int, roots: int) -> None:
     schedule = RootSchedule(start, statistics, roots)
     assert not schedule.statistics_due(0)
-    assert not schedule.is_boundary(0, 0, 0)
+    assert not schedule.is_boundary(0, 0)
 
 
 @given(counts, st.integers(1, 60), st.integers(0, 80), st.data())
@@ -36,14 +36,16 @@ def test_every_place_has_one_boundary_in_every_interval_after_an_early_one(
     start: int, roots: int, place: int, data: st.DataObject
 ) -> None:
     schedule, delay = RootSchedule(start, 1, roots), data.draw(st.integers(0, roots))
-    boundaries = [t for t in range(1, 300) if schedule.is_boundary(t, place, delay)]
+    boundaries = [t for t in range(1, 300) if schedule.is_boundary(t, place)]
     gaps = [b - a for a, b in itertools.pairwise(boundaries)]
     assert set(gaps[1:]) <= {roots}
-    assert delay <= gaps[0] <= roots, "the first roots are in force before the next are begun"
-    regular = start + place % roots
-    assert regular in boundaries
-    if regular - start >= FIRST_WITHIN + delay:
-        assert boundaries[0] < start + FIRST_WITHIN
+    assert gaps[0] <= roots
+    assert start + place % roots in boundaries
+    assert boundaries[0] < start + FIRST_WITHIN
+    delays = [schedule.delay(t, place, delay) for t in boundaries]
+    assert all(own <= gap for own, gap in zip(delays, gaps, strict=False)), "in force before the next are begun"
+    assert set(delays[1:]) <= {delay}
+    assert delays[0] == min(delay, gaps[0])
 
 
 def gpt(layers: int, width: int, block_size: int) -> list[Block]:
