@@ -144,15 +144,15 @@ def check_delay(settings: GroupSettings, delay: int | None) -> None:
 
 
 def check_rescaling(settings: GroupSettings) -> None:
-    """Refuses roots that are rescaled again and again where their dtype can't hold it: each time rounds, and it adds up.
+    """Refuses roots that are rescaled again and again in a dtype that rounds each time; it adds up.
 
     Raises:
         SettingsError: naming both settings.
     """
     if settings.root_refresh_threshold > 0 and settings.root_dtype != "float32":
         raise SettingsError(
-            f"Shampoo setting 'root_dtype' = '{settings.root_dtype}': must be 'float32' where root_refresh_threshold is "
-            f"above 0, which is {settings.root_refresh_threshold}: roots that are skipped are rescaled in place"
+            f"Shampoo setting 'root_dtype' = '{settings.root_dtype}': must be 'float32' where root_refresh_threshold "
+            f"is above 0, which is {settings.root_refresh_threshold}: roots that are skipped are rescaled in place"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from ds_shampoo import saving
 from ds_shampoo.algorithm import multi_tensor, products, selection
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
@@ -30,14 +31,6 @@ from ds_shampoo.host.schedule import RootSchedule, stagger
 from ds_shampoo.host.service import RootService
 from ds_shampoo.metrics import collect
 from ds_shampoo.report import render
-from ds_shampoo.saving import (
-    blocks_state,
-    check_fits,
-    load_blocks,
-    restore_exactly,
-    with_all_settings,
-    with_present_settings,
-)
 from ds_shampoo.sharding.order import by_name
 from ds_shampoo.sharding.ownership import fingerprint
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
@@ -253,7 +246,7 @@ class Shampoo(Optimizer):
         Under DeepSpeed `blocks` is empty: `engine.save_checkpoint` writes them to files of their own. Plain tensors
         and numbers only, so that `torch.load(weights_only=True)` takes it.
         """
-        blocks = {} if self.layout.keeps_blocks_apart else blocks_state(self._groups.values())
+        blocks = {} if self.layout.keeps_blocks_apart else saving.blocks_state(self._groups.values())
         return {**super().state_dict(), "blocks": blocks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -268,19 +261,17 @@ class Shampoo(Optimizer):
         """
         if self.layout.keeps_blocks_apart:
             self.took_up_shampoo = "blocks" in state_dict
-            state_dict = {**state_dict, "param_groups": with_present_settings(state_dict, self.param_groups)}
+            state_dict = {**state_dict, "param_groups": saving.with_present_settings(state_dict, self.param_groups)}
         else:
-            check_fits(state_dict, self.param_groups)
-            state_dict = {**state_dict, "param_groups": with_all_settings(state_dict, self.param_groups)}
-            # Built for the present settings; the saved ones may want other preconditioners.
-            self._groups.clear()
-            self._loads.clear()
-            self._stepped.clear()
+            saving.check_fits(state_dict, self.param_groups)
+            state_dict = {**state_dict, "param_groups": saving.with_all_settings(state_dict, self.param_groups)}
+            for built in (self._groups, self._loads, self._stepped):  # for settings that are not the saved ones
+                built.clear()
         super().load_state_dict(dict(state_dict))
-        restore_exactly(self.state, state_dict, self.param_groups)
+        saving.restore_exactly(self.state, state_dict, self.param_groups)
         self.prepare()
         if state_dict.get("blocks"):
-            load_blocks(state_dict["blocks"], self.units())
+            saving.load_blocks(state_dict["blocks"], self.units())
 
     @property
     def workspace_bytes(self) -> int:
