@@ -18,7 +18,8 @@ def orthogonalize(stacked: Tensor, out: Tensor) -> None:
     """out <- about U Vᵀ for every matrix U S Vᵀ of a stack, by Newton-Schulz iteration.
 
     Where `matmul_precision` is "medium" it iterates in bfloat16, as Muon does: twice as fast where a device multiplies
-    in that, and off by 0.1 at most in the spectral norm for condition numbers up to 100.
+    in that, and off by 1 to 3 per cent for usual spectra, by up to 15 where half of the singular values are a hundredth
+    of the others.
 
     Args:
         stacked: [n, rows, columns] fp32, contiguous, overwritten; a zero matrix gives zero.

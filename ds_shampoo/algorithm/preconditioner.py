@@ -99,7 +99,7 @@ class ShampooPreconditioner:
             if saved != [tuple(tensor.shape[1:]) for tensor in own]:
                 raise ValueError(
                     f"the {name} of block {self.blocks[slot]} have the shapes {saved} in the checkpoint, but "
-                    f"{[tuple(tensor.shape[1:]) for tensor in own]} here: block_size, the model or the release is another"
+                    f"{[tuple(tensor.shape[1:]) for tensor in own]} here: another block_size, model or release"
                 )
             for tensor, value in zip(own, state[name], strict=True):
                 tensor[slot].copy_(value)

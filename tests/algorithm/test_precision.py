@@ -1,6 +1,7 @@
 """What the fp32 products of a step may round, whatever the job around it allows."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -21,10 +22,17 @@ def job_wide(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_float32_matmul_precision(before)
 
 
-def trained(precision: MatmulPrecision) -> torch.Tensor:
+def trained(precision: MatmulPrecision, preconditioner: Literal["shampoo", "spectral"] = "shampoo") -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(128, 96, generator=generator))
-    optimizer = Shampoo([weight], lr=1e-2, root_overlap=False, root_interval=2, matmul_precision=precision)
+    optimizer = Shampoo(
+        [weight],
+        lr=1e-2,
+        root_overlap=False,
+        root_interval=2,
+        matmul_precision=precision,
+        preconditioner=preconditioner,
+    )
     for _ in range(10):
         weight.grad = torch.randn(128, 96, generator=generator)
         optimizer.step()
@@ -66,3 +74,12 @@ def test_rounded_products_stay_near() -> None:
     """Ten steps of norm 1 per element at most; bfloat16 inputs have a relative error of 2^-8."""
     exact, rounded = trained("highest"), trained("medium")
     assert (exact - rounded).abs().max() <= 10 * 1e-2 * 2**-8 * 4
+
+
+def test_spectral_iterates_in_bf16_under_medium_alone() -> None:
+    """On any device, and within the few per cent of `test_an_iteration_in_bf16_stays_near`."""
+    start = torch.randn(128, 96, generator=torch.Generator().manual_seed(0))
+    exact, high, medium = (trained(precision, "spectral") for precision in ("highest", "high", "medium"))
+    moved = (exact - start).norm()
+    assert (exact - high).norm() / moved < 1e-2
+    assert 1e-3 < (exact - medium).norm() / moved < 0.05
