@@ -16,8 +16,9 @@ from pathlib import Path
 from benchmarks import machine
 from benchmarks.evidence.figures import best_rate, next_rate
 from benchmarks.evidence.jobs import JobError, Result, run_all
+from benchmarks.evidence.outcome import Outcome, from_json, to_json
 from benchmarks.evidence.protocol import FULL, SMALL, Protocol, Study
-from benchmarks.evidence.report import Outcome, draw, to_json, to_markdown
+from benchmarks.evidence.report import draw, to_markdown
 from benchmarks.evidence.studies import STUDIES
 from benchmarks.evidence.summary import write_summary
 
@@ -32,11 +33,17 @@ def main() -> None:
     output = args.output / protocol.name
     output.mkdir(parents=True, exist_ok=True)
     for study in studies:
+        kept = output / f"{study.name}.json"
+        if args.again and not kept.exists():
+            continue
         try:
-            outcome = carry_out(study, protocol, runs, args.cores)
-        except JobError as error:
+            if args.again:
+                outcome = from_json(study, protocol, json.loads(kept.read_text()))
+            else:
+                outcome = carry_out(study, protocol, runs, args.cores)
+        except (JobError, ValueError) as error:
             sys.exit(f"evidence: error: {error}")
-        (output / f"{study.name}.json").write_text(json.dumps(to_json(outcome, machine.describe()), indent=1) + "\n")
+        kept.write_text(json.dumps(to_json(outcome), indent=1) + "\n")
         (output / f"{study.name}.md").write_text(to_markdown(outcome))
         draw(outcome, output / f"{study.name}.png")
         write_summary(output, STUDIES)
@@ -48,7 +55,8 @@ def carry_out(study: Study, protocol: Protocol, runs: Path, cores: Sequence[int]
     search = choose_from(study, protocol, runs, cores)
     chosen = {name: best_rate(results) for name, results in search.items()}
     final = run_all(protocol.final(study, chosen), runs, cores)
-    return Outcome(study, protocol, [result for results in search.values() for result in results], final, chosen)
+    trials = [result for results in search.values() for result in results]
+    return Outcome(study, protocol, trials, final, chosen, machine.describe())
 
 
 def choose_from(study: Study, protocol: Protocol, runs: Path, cores: Sequence[int]) -> dict[str, list[Result]]:
@@ -68,6 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--protocol", choices=PROTOCOLS, default=SMALL.name, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STUDY", help=f"some of {', '.join(names)}")
+    parser.add_argument(
+        "--again", action="store_true", help="run nothing: tables and pictures of the results that are there"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="default: %(default)s")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The figures: how many steps and seconds each contender needs to where the baseline ends."""
+"""The figures: steps and seconds of each contender to where the baseline ends, and how far apart they end."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Figure:
     """One contender against one baseline.
 
     Attributes:
-        steps, seconds: to the baseline's final metric, in parts of what the baseline took; None where a seed's run
-            never got there.
+        steps, seconds: to the baseline's final metric, in parts of what the baseline took until it was as good for the
+            first time; None where a seed's run never got there.
         faster: the baseline's steps over the contender's, the reciprocal of `steps`.
         reached: how many of the seeds got there.
     """
@@ -83,11 +83,12 @@ def compare(runs: Sequence[Result], baselines: Sequence[Result]) -> Figure:
     """The figure of a contender's runs against a baseline's, one of each for every seed."""
     steps, seconds = [], []
     for baseline in baselines:
-        target, end = baseline.final, baseline.records[-1]
-        found = reached(next(run for run in runs if run.job.seed == baseline.job.seed), target)
+        own = reached(baseline, baseline.final)
+        found = reached(_same_seed(runs, baseline), baseline.final)
+        assert own is not None, "a run is as good as its own end at its end"
         if found is not None:
-            steps.append(found[0] / end["step"])
-            seconds.append(found[1] / end["seconds"])
+            steps.append(found[0] / own[0])
+            seconds.append(found[1] / own[1])
     complete = len(steps) == len(baselines)
     return Figure(
         runs[0].job.contender.name,
@@ -97,3 +98,12 @@ def compare(runs: Sequence[Result], baselines: Sequence[Result]) -> Figure:
         Spread.of(steps) if complete else None,
         Spread.of(seconds) if complete else None,
     )
+
+
+def difference(runs: Sequence[Result], baselines: Sequence[Result]) -> Spread:
+    """How much larger a contender's metric is at the end than a baseline's of the same seed."""
+    return Spread.of(_same_seed(runs, baseline).final - baseline.final for baseline in baselines)
+
+
+def _same_seed(runs: Sequence[Result], baseline: Result) -> Result:
+    return next(run for run in runs if run.job.seed == baseline.job.seed)

@@ -36,11 +36,13 @@ class Result:
     Attributes:
         metric: what the run is judged by.
         records: of its steps, oldest first.
+        commit: the state of the code that ran it, where that is known.
     """
 
     job: Job
     metric: Metric
     records: Sequence[Record]
+    commit: str | None = None
 
     @property
     def final(self) -> float:
@@ -90,21 +92,28 @@ def run_job(job: Job, runs: Path, cores: frozenset[int]) -> Result:
     config = effective_config(job)
     identity = {"config": config, "program": study.program, "arguments": list(arguments(job)), "ranks": study.ranks}
     done = folder / _DONE
-    if not (done.exists() and json.loads(done.read_text()) == identity):
+    found = json.loads(done.read_text()) if done.exists() else {}
+    commit = found.pop("commit", None)
+    if found == identity:
+        if commit != present_commit():
+            print(f"{study.name}: {job.name} is read, and was run by another state of the code: {commit}", flush=True)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
         written = folder / "deepspeed.json"
         written.write_text(json.dumps(config, indent=2) + "\n")
         print(f"{study.name}: {job.name} on core {', '.join(map(str, sorted(cores)))}", flush=True)
         _launch(job, runs, written, cores)
-        done.write_text(json.dumps(identity, indent=2) + "\n")
-    return read_result(job, folder)
-
-
-def read_result(job: Job, folder: Path) -> Result:
-    """What a finished run left."""
+        commit = present_commit()
+        done.write_text(json.dumps(identity | {"commit": commit}, indent=2) + "\n")
     metric = json.loads((folder / "config.json").read_text())["metric"]
-    return Result(job, Metric(**metric), read_metrics(folder))
+    return Result(job, Metric(**metric), read_metrics(folder), commit)
+
+
+def present_commit() -> str | None:
+    """The state of the code: git's name of it, "-dirty" where files differ from that; None outside of a repository."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def effective_config(job: Job) -> dict[str, Any]:

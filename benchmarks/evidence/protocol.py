@@ -40,6 +40,7 @@ class Study:
         evaluations: validations in a run of that length, which is how finely steps are told.
         batch: samples of a rank in a step, in place of the JSONs'.
         ranks: of each job; each has a core.
+        alike: the contenders are expected to end alike: how far apart they end is the figure, not who is first.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Study:
     evaluations: int = 40
     batch: int | None = None
     ranks: int = 1
+    alike: bool = False
 
     @property
     def baseline(self) -> Contender:
@@ -111,12 +113,12 @@ class Protocol:
 
     def trial(self, study: Study, contender: Contender, lr: float) -> Job:
         """A run that a learning rate is judged by."""
-        return self._job(study, contender, lr, self.seeds[0])
+        return self.job(study, contender, lr, self.seeds[0])
 
     def final(self, study: Study, chosen: dict[str, float]) -> list[Job]:
         """The runs that figures are taken from, given every contender's learning rate."""
         return [
-            self._job(study, contender, chosen[contender.name], seed)
+            self.job(study, contender, chosen[contender.name], seed)
             for seed in self.seeds
             for contender in reversed(study.contenders)
         ]
@@ -124,7 +126,8 @@ class Protocol:
     def rates(self, contender: Contender) -> Sequence[float]:
         return contender.lrs if self.grid else [contender.lrs[len(contender.lrs) // 2]]
 
-    def _job(self, study: Study, contender: Contender, lr: float, seed: int) -> Job:
+    def job(self, study: Study, contender: Contender, lr: float, seed: int) -> Job:
+        """One run of the study's program."""
         steps = self.steps(study)
         return Job(study, contender, lr, seed, round(contender.horizon * steps), max(1, steps // study.evaluations))
 

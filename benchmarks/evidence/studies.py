@@ -6,6 +6,8 @@ the results say. Contenders that are expected to be alike have the same horizon,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.evidence.protocol import Contender, Study
 
 # What made the best use of the statistics in the search on the small GPT; docs/evidence.md has what else was tried.
@@ -120,39 +122,38 @@ IMAGES = Study(
     ),
 )
 
-# What rounding costs, at the rates that the small GPT chose.
-PRECISION = Study(
-    name="precision",
-    title="Lower precision: byte GPT of 3.3M parameters",
-    program="pretrain_gpt.py",
-    arguments=("--autocast", "--eval-windows", "400"),
-    corpus="gutenberg",
+# What rounding to bfloat16 costs, at the rates that the small GPT chose.
+BF16_ROOTS, BF16_EXCHANGE = ("root_dtype", "bfloat16"), ("exchange_dtype", "bfloat16")
+BF16_ITERATIONS = ("matmul_precision", "medium")
+
+SHAMPOO_BF16 = replace(
+    GPT,
+    name="shampoo_bf16",
+    title="Shampoo with less precision: byte GPT of 3.3M parameters",
     steps=400,
     small_steps=40,
-    batch=8,
+    alike=True,
     contenders=(
-        Contender("Shampoo", "gpt_zero2_shampoo.json", (4e-3,)),
-        Contender("bf16 roots", "gpt_zero2_shampoo.json", (4e-3,), overrides=(("root_dtype", "bfloat16"),)),
-        Contender("bf16 exchange", "gpt_zero2_shampoo.json", (4e-3,), overrides=(("exchange_dtype", "bfloat16"),)),
-        Contender("Spectral", "gpt_zero2_shampoo.json", (16e-3,), overrides=SPECTRAL),
+        Contender("fp32", "gpt_zero2_shampoo.json", (4e-3,)),
+        Contender("bf16 roots", "gpt_zero2_shampoo.json", (4e-3,), overrides=(BF16_ROOTS,)),
+        Contender("bf16 exchange", "gpt_zero2_shampoo.json", (4e-3,), overrides=(BF16_EXCHANGE,)),
+    ),
+)
+
+SPECTRAL_BF16 = replace(
+    SHAMPOO_BF16,
+    name="spectral_bf16",
+    title="Spectral with less precision: byte GPT of 3.3M parameters",
+    contenders=(
+        Contender("fp32", "gpt_zero2_shampoo.json", (16e-3,), overrides=SPECTRAL),
+        Contender("bf16 iterations", "gpt_zero2_shampoo.json", (16e-3,), overrides=(*SPECTRAL, BF16_ITERATIONS)),
         Contender(
-            "Spectral, bf16 iterations",
+            "bf16 iterations, roots and exchange",
             "gpt_zero2_shampoo.json",
             (16e-3,),
-            overrides=(*SPECTRAL, ("matmul_precision", "medium")),
-        ),
-        Contender(
-            "Spectral, all of these",
-            "gpt_zero2_shampoo.json",
-            (16e-3,),
-            overrides=(
-                *SPECTRAL,
-                ("matmul_precision", "medium"),
-                ("root_dtype", "bfloat16"),
-                ("exchange_dtype", "bfloat16"),
-            ),
+            overrides=(*SPECTRAL, BF16_ITERATIONS, BF16_ROOTS, BF16_EXCHANGE),
         ),
     ),
 )
 
-STUDIES = (GPT, TRANSLATION, BERT, CLICKS, IMAGES, GPT_12M, PRECISION)
+STUDIES = (GPT, TRANSLATION, BERT, CLICKS, IMAGES, GPT_12M, SHAMPOO_BF16, SPECTRAL_BF16)

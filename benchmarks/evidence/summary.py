@@ -21,19 +21,23 @@ def write_summary(folder: Path, studies: Iterable[Study]) -> None:
 def summary(outcomes: Iterable[Mapping[str, Any]]) -> str:
     """Every contender against its study's baseline, given what `report.to_json` made of each study."""
     header = ("task", "judged by", "optimizer", "rate", "steps", "ends at", "fewer steps", "steps", "seconds")
-    rows = [row for outcome in outcomes for row in _rows(outcome)]
+    outcomes = list(outcomes)
+    rows = [row for outcome in outcomes if not outcome.get("alike") for row in _rows(outcome)]
+    options = [f"- [{outcome['title']}]({outcome['study']}.md)" for outcome in outcomes if outcome.get("alike")]
     return "\n".join(
         [
             "# Results",
             "",
             "Medians over seeds, with the smallest and the largest. *Fewer steps*: how many times fewer an optimizer",
             "needs to where the task's first optimizer ends; then the steps and the seconds of training to there, in",
-            "parts of what that one takes. A dash: some seed's run did not get there within its schedule.",
+            "parts of what that one takes to be there for the first time. A dash: some seed's run did not get there",
+            "within its schedule.",
             "",
             "| " + " | ".join(header) + " |",
             "|" + "---|" * len(header),
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
+            *(["Settings that should change little:", "", *options, ""] if options else []),
         ]
     )
 

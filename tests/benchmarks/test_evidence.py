@@ -6,15 +6,18 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import benchmarks.evidence.__main__ as evidence
-from benchmarks.evidence.figures import Spread, best_rate, compare, next_rate, reached
+from benchmarks.evidence import jobs
+from benchmarks.evidence.figures import Spread, best_rate, compare, difference, next_rate, reached
 from benchmarks.evidence.jobs import Result, arguments, effective_config
+from benchmarks.evidence.outcome import Outcome, from_json, to_json
 from benchmarks.evidence.protocol import FULL, SMALL, Contender, Job, Study
-from benchmarks.evidence.report import Outcome, draw, to_json, to_markdown
+from benchmarks.evidence.report import draw, to_markdown
 from benchmarks.evidence.studies import STUDIES
 from benchmarks.evidence.summary import summary
 from corpora import CORPORA
@@ -63,6 +66,22 @@ def test_a_seed_that_never_got_there_leaves_no_median() -> None:
     baselines = [result(FIRST, 0.01, seed) for seed in range(2)]
     figure = compare([result(SECOND, 0.02, 0), result(SECOND, 0.001, 1)], baselines)
     assert (figure.steps, figure.reached, figure.seeds) == (None, 1, 2)
+
+
+def test_a_baseline_that_was_there_before_its_end_counts_from_then() -> None:
+    baseline = result(FIRST, 0.01)
+    for record in baseline.records[69::10]:  # from step 70 on it is no better than it ends
+        record["val_loss"] = baseline.final
+    figure = compare([result(SECOND, 0.02)], [baseline])
+    assert figure.steps == Spread(50 / 70, 50 / 70, 50 / 70)
+    assert figure.seconds == Spread(150 / 70, 150 / 70, 150 / 70)
+
+
+def test_ends_are_compared_seed_by_seed() -> None:
+    baselines = [result(FIRST, slope, seed) for seed, slope in enumerate((0.01, 0.05, 0.03))]
+    runs = [result(SECOND, slope, seed) for seed, slope in enumerate((0.011, 0.049, 0.03))]
+    found = difference(runs, baselines[::-1])
+    assert (found.median, found.least, found.most) == pytest.approx((0.0, -0.1, 0.1))
 
 
 def at(lr: float, slope: float, contender: Contender = FIRST, metric: Metric = LOSS) -> Result:
@@ -114,8 +133,8 @@ def test_the_full_protocol_searches_every_grid_and_runs_every_seed() -> None:
 
 def test_a_report_says_what_was_run(tmp_path: Path) -> None:
     runs = [result(FIRST, 0.01), result(SECOND, 0.02, steps=50)]
-    outcome = Outcome(STUDY, SMALL_BUT_LONG, [], runs, {"AdamW": 2.0, "Shampoo": 4.0})
-    written = json.loads(json.dumps(to_json(outcome, {"cpu": "one"})))
+    outcome = Outcome(STUDY, SMALL_BUT_LONG, [at(1.0, 0.02)], runs, {"AdamW": 2.0, "Shampoo": 4.0}, {"cpu": "one"})
+    written = json.loads(json.dumps(to_json(outcome)))
     assert written["machine"] == {"cpu": "one"}
     assert [run["schedule"] for run in written["runs"]] == [100, 50]
     assert [figure["faster"]["median"] for figure in written["figures"]] == [2.0, 0.5]
@@ -125,6 +144,53 @@ def test_a_report_says_what_was_run(tmp_path: Path) -> None:
     assert line == "|  |  | Shampoo | 4 | 50 | 9.0000 | 2.00 | 0.50 | 1.50 |"
     draw(outcome, tmp_path / "made.png")
     assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_that_were_kept_give_the_same_report() -> None:
+    runs = [result(contender, slope, seed) for seed in range(3) for contender, slope in ((FIRST, 0.01), (SECOND, 0.02))]
+    runs = [replace(run, commit="abc") for run in runs]
+    for run in runs:
+        run.records[-1]["final_bleu"] = 3.0
+    outcome = Outcome(STUDY, FULL, [at(1.0, 0.02), at(2.0, 0.03)], runs, {"AdamW": 2.0, "Shampoo": 2.0}, {"cpu": "one"})
+    kept = json.loads(json.dumps(to_json(outcome)))
+    again = from_json(STUDY, FULL, kept)
+    assert to_json(again) == kept
+    assert to_markdown(again) == to_markdown(outcome)
+    with pytest.raises(ValueError, match="made: its results are of AdamW, Shampoo: run it again"):
+        from_json(replace(STUDY, contenders=(FIRST,)), FULL, kept)
+
+
+def test_what_should_be_alike_is_told_by_how_far_apart_it_ends() -> None:
+    study = replace(STUDY, alike=True)
+    runs = [result(FIRST, 0.01), result(SECOND, 0.011)]
+    outcome = Outcome(study, SMALL_BUT_LONG, [], runs, {"AdamW": 2.0, "Shampoo": 4.0}, {})
+    table = to_markdown(outcome)
+    assert "| Shampoo | 4 | 100 | 8.9000 | 3000 | -0.1000 |" in table
+    assert "steps to" not in table
+    assert summary([to_json(outcome)]).endswith("- [A study made by hand](made.md)\n")
+
+
+def test_a_job_that_is_done_is_read_and_keeps_the_name_of_its_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched = []
+
+    def launch(job: Job, _: Path, config: Path, __: object) -> None:
+        launched.append(job)
+        (config.parent / "config.json").write_text(json.dumps({"metric": LOSS._asdict()}))
+        (config.parent / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0, "seconds": 1.0}\n')
+
+    monkeypatch.setattr(jobs, "_launch", launch)
+    job = FULL.trial(STUDY, FIRST, 1.0)
+    for code, said in (("one", "on core 0"), ("one", ""), ("two", "was run by another state of the code: one")):
+        monkeypatch.setattr(jobs, "present_commit", lambda code=code: code)
+        found = jobs.run_job(job, tmp_path, frozenset({0}))
+        assert (found.final, found.commit) == (2.0, "one")
+        printed = capsys.readouterr().out
+        assert said in printed
+        assert bool(said) == bool(printed)
+    jobs.run_job(FULL.trial(replace(STUDY, ranks=2), FIRST, 1.0), tmp_path, frozenset({0}))
+    assert len(launched) == 2
 
 
 SMALL_BUT_LONG = type(FULL)("made", (0,), grid=False, small=False)

@@ -109,8 +109,12 @@ EXPERTS = {"experts": 4, "expert_parallel": 2, "by_name": True}
         ({**SHARDED, "sharding": "dp_reshardable"}, []),
         ({**SHARDED, "bf16": True}, []),
         ({"layer_wise": True, "bf16": True}, []),
+        ({**SHARDED, "settings": {"preconditioner": "spectral", "root_dtype": "bfloat16"}}, []),
     ],
-    ids=["dp", "distributed", "pipeline", "experts", "distributed-buckets", "distributed-bf16", "layer-wise-bf16"],
+    ids=[
+        *("dp", "distributed", "pipeline", "experts"),
+        *("distributed-buckets", "distributed-bf16", "layer-wise-bf16", "spectral-bf16-roots"),
+    ],
 )
 def test_it_resumes_bit_for_bit(
     pools: Pools, tmp_path: Path, how: dict[str, Any], others: list[tuple[int, dict[str, Any]]]
