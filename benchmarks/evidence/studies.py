@@ -19,6 +19,8 @@ SPECTRAL = (
     ("root_delay", 5),
 )
 
+BF16_ITERATIONS = ("matmul_precision", "medium")
+
 GPT = Study(
     name="gpt",
     title="Language model: byte GPT of 3.3M parameters",
@@ -51,7 +53,16 @@ GPT_12M = Study(
         Contender("AdamW", "gpt_zero2_adamw.json", (5e-4, 1e-3, 2e-3)),
         Contender("Muon", "gpt_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
-        Contender("Spectral", "gpt_zero2_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.4, overrides=SPECTRAL),
+        Contender(
+            "Spectral, blocks of 256", "gpt_zero2_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.4, overrides=SPECTRAL
+        ),
+        Contender(
+            "Spectral",
+            "gpt_zero2_shampoo.json",
+            (4e-3, 8e-3, 16e-3),
+            horizon=0.4,
+            overrides=(*SPECTRAL, ("block_size", 512), BF16_ITERATIONS),
+        ),
     ),
 )
 
@@ -124,7 +135,6 @@ IMAGES = Study(
 
 # What rounding to bfloat16 costs, at the rates that the small GPT chose.
 BF16_ROOTS, BF16_EXCHANGE = ("root_dtype", "bfloat16"), ("exchange_dtype", "bfloat16")
-BF16_ITERATIONS = ("matmul_precision", "medium")
 
 SHAMPOO_BF16 = replace(
     GPT,
