@@ -19,6 +19,7 @@ from benchmarks import machine
 from benchmarks.evidence.figures import Figure, best_rate, compare
 from benchmarks.evidence.jobs import JobError, Result, run_all
 from benchmarks.evidence.protocol import Contender, Job, Study
+from benchmarks.evidence.studies import GPT_12M
 from benchmarks.report import number, table
 
 # What Shampoo's seconds should stay within, in parts of AdamW's.
@@ -38,7 +39,13 @@ STUDY = Study(
     contenders=(
         Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3)),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (4e-3,), horizon=0.5),
-        Contender("Spectral", "gpt_zero2_spectral.json", (8e-3,), horizon=0.5),
+        Contender(
+            "Spectral",
+            "gpt_zero2_shampoo.json",
+            (8e-3,),
+            horizon=0.5,
+            overrides=GPT_12M.contender("Spectral").overrides,
+        ),
     ),
 )
 
