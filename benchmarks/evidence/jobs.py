@@ -93,9 +93,9 @@ def run_job(job: Job, runs: Path, cores: frozenset[int]) -> Result:
     identity = {"config": config, "program": study.program, "arguments": list(arguments(job)), "ranks": study.ranks}
     done = folder / _DONE
     found = json.loads(done.read_text()) if done.exists() else {}
-    commit = found.pop("commit", None)
+    commit, present = found.pop("commit", None), present_commit()
     if found == identity:
-        if commit != present_commit():
+        if commit != present:
             print(f"{study.name}: {job.name} is read, and was run by another state of the code: {commit}", flush=True)
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def run_job(job: Job, runs: Path, cores: frozenset[int]) -> Result:
         written.write_text(json.dumps(config, indent=2) + "\n")
         print(f"{study.name}: {job.name} on core {', '.join(map(str, sorted(cores)))}", flush=True)
         _launch(job, runs, written, cores)
-        commit = present_commit()
+        commit = present
         done.write_text(json.dumps(identity | {"commit": commit}, indent=2) + "\n")
     metric = json.loads((folder / "config.json").read_text())["metric"]
     return Result(job, Metric(**metric), read_metrics(folder), commit)

@@ -22,8 +22,8 @@ def summary(outcomes: Iterable[Mapping[str, Any]]) -> str:
     """Every contender against its study's baseline, given what `report.to_json` made of each study."""
     header = ("task", "judged by", "optimizer", "rate", "steps", "ends at", "fewer steps", "steps", "seconds")
     outcomes = list(outcomes)
-    rows = [row for outcome in outcomes if not outcome.get("alike") for row in _rows(outcome)]
-    options = [f"- [{outcome['title']}]({outcome['study']}.md)" for outcome in outcomes if outcome.get("alike")]
+    rows = [row for outcome in outcomes if not outcome["alike"] for row in _rows(outcome)]
+    options = [f"- [{outcome['title']}]({outcome['study']}.md)" for outcome in outcomes if outcome["alike"]]
     return "\n".join(
         [
             "# Results",

@@ -32,8 +32,8 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
 
 
-def _kind_of(copy: HostCopy) -> _Kind:
-    return _Kind(copy.tensor.shape, copy.tensor.dtype)
+def _kind(tensor: Tensor) -> _Kind:
+    return _Kind(tensor.shape, tensor.dtype)
 
 
 class Transfers:
@@ -57,7 +57,7 @@ class Transfers:
 
     def snapshot(self, source: Tensor) -> HostCopy:
         """Copies a tensor to the host, behind what the training stream has been given so far."""
-        buffer = self._buffer(self._snapshots, _Kind(source.shape, source.dtype))
+        buffer = self._buffer(self._snapshots, _kind(source))
         if self._side is None:
             buffer.copy_(source)
             return HostCopy(buffer)
@@ -86,11 +86,11 @@ class Transfers:
         if self._module is not None:
             event = self._module.Event()
             event.record(self._module.current_stream(target.device))
-        self._results[_kind_of(result)].append(HostCopy(result.tensor, event))
+        self._results[_kind(result.tensor)].append(HostCopy(result.tensor, event))
 
     def release(self, snapshot: HostCopy) -> None:
         """Takes back the buffer of a snapshot that nobody reads any more."""
-        self._snapshots[_kind_of(snapshot)].append(snapshot)
+        self._snapshots[_kind(snapshot.tensor)].append(snapshot)
 
     def abandon(self, snapshot: HostCopy) -> None:
         """Gives up the buffer of a snapshot that a lost thread may still read."""
