@@ -1,7 +1,7 @@
 """Seconds to AdamW's final loss: a GPT of 13M parameters, 16,384 tokens a step, two data-parallel ranks.
 
-AdamW runs at two rates, of which the better counts. Jobs run one after the other, each with all the cores: a rank
-trains on one of them and shares it with its root threads.
+AdamW's rate is the best of a grid, with a neighbour tried on both sides. Jobs run one after the other, each with all
+the cores: a rank trains on one of them and shares it with its root threads.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
+from benchmarks.evidence.execution import choose_from
 from benchmarks.evidence.figures import Figure, best_rate, compare
-from benchmarks.evidence.jobs import JobError, Result, run_all
-from benchmarks.evidence.protocol import Contender, Job, Study
+from benchmarks.evidence.jobs import JobError, Result
+from benchmarks.evidence.protocol import Contender, Protocol, Study
 from benchmarks.evidence.studies import GPT_12M
 from benchmarks.report import number, table
 
@@ -37,7 +38,7 @@ STUDY = Study(
     batch=32,
     ranks=2,
     contenders=(
-        Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3)),
+        Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3, 4e-3)),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (4e-3,), horizon=0.5),
         Contender(
             "Spectral",
@@ -53,19 +54,15 @@ STUDY = Study(
 def main() -> None:
     args = parse_arguments()
     study = replace(STUDY, steps=args.steps)
-    interval = max(1, args.steps // study.evaluations)
-    jobs = [
-        Job(study, contender, lr, args.seed, round(contender.horizon * args.steps), interval)
-        for contender in study.contenders
-        for lr in contender.lrs
-    ]
+    protocol = Protocol("e2e", (args.seed,), grid=True, small=False)
     print(", ".join(f"{key}: {value}" for key, value in machine.describe().items()))
     try:
-        results = run_all(jobs, args.runs, args.cores)
+        tried = choose_from(study, protocol, args.runs, args.cores)
     except JobError as error:
         sys.exit(f"e2e: error: {error}")
+    results = [result for contender in study.contenders for result in tried[contender.name]]
     print(results_table(results))
-    adamw, *others = (best_run([run for run in results if run.job.contender == c]) for c in study.contenders)
+    adamw, *others = map(best_run, tried.values())
     figures = [compare([run], [adamw]) for run in others]
     print("\n".join(map(verdict, figures)))
     if args.json:

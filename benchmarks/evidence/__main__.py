@@ -10,12 +10,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import machine
-from benchmarks.evidence.figures import best_rate, next_rate
-from benchmarks.evidence.jobs import JobError, Result, run_all
+from benchmarks.evidence.execution import carry_out
+from benchmarks.evidence.jobs import JobError
 from benchmarks.evidence.outcome import Outcome, from_json, to_json
 from benchmarks.evidence.protocol import FULL, SMALL, Protocol, Study
 from benchmarks.evidence.report import draw, to_markdown
@@ -33,42 +31,37 @@ def main() -> None:
     output = args.output / protocol.name
     output.mkdir(parents=True, exist_ok=True)
     for study in studies:
-        kept = output / f"{study.name}.json"
-        if args.again and not kept.exists():
-            continue
+        results = output / f"{study.name}.json"
         try:
-            if args.again:
-                outcome = from_json(study, protocol, json.loads(kept.read_text()))
-            else:
-                outcome = carry_out(study, protocol, runs, args.cores)
+            if not args.again:
+                kept = read(study, protocol, results) if args.missing and results.exists() else None
+                write(carry_out(study, protocol, runs, args.cores, kept), output)
+            elif results.exists():
+                write(read(study, protocol, results), output)
         except (JobError, ValueError) as error:
             sys.exit(f"evidence: error: {error}")
-        kept.write_text(json.dumps(to_json(outcome), indent=1) + "\n")
-        (output / f"{study.name}.md").write_text(to_markdown(outcome))
-        draw(outcome, output / f"{study.name}.png")
-        write_summary(output, STUDIES)
-        print(to_markdown(outcome), flush=True)
 
 
-def carry_out(study: Study, protocol: Protocol, runs: Path, cores: Sequence[int]) -> Outcome:
-    """Chooses every contender's learning rate, then runs what the figures are taken from."""
-    search = choose_from(study, protocol, runs, cores)
-    chosen = {name: best_rate(results) for name, results in search.items()}
-    final = run_all(protocol.final(study, chosen), runs, cores)
-    trials = [result for results in search.values() for result in results]
-    return Outcome(study, protocol, trials, final, chosen, machine.describe())
+def read(study: Study, protocol: Protocol, results: Path) -> Outcome:
+    """What an earlier call left."""
+    return from_json(study, protocol, json.loads(results.read_text()))
 
 
-def choose_from(study: Study, protocol: Protocol, runs: Path, cores: Sequence[int]) -> dict[str, list[Result]]:
-    """Every contender's trials; under a protocol with grids, until each best rate has a neighbour on both sides."""
-    search: dict[str, list[Result]] = {contender.name: [] for contender in study.contenders}
-    jobs = protocol.search(study)
-    while jobs:
-        for result in run_all(jobs, runs, cores):
-            search[result.job.contender.name].append(result)
-        ahead = {contender: next_rate(search[contender.name]) for contender in study.contenders if protocol.grid}
-        jobs = [protocol.trial(study, contender, lr) for contender, lr in ahead.items() if lr is not None]
-    return search
+def write(outcome: Outcome, folder: Path) -> None:
+    """A study's numbers, table and curves, and the table of all studies.
+
+    Raises:
+        ValueError: if some contender was not run.
+    """
+    if outcome.lacking:
+        names = ", ".join(contender.name for contender in outcome.lacking)
+        raise ValueError(f"{outcome.study.name}: its results lack {names}: run them with --missing")
+    name, table = outcome.study.name, to_markdown(outcome)
+    (folder / f"{name}.json").write_text(json.dumps(to_json(outcome), indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table)
+    draw(outcome, folder / f"{name}.png")
+    write_summary(folder, STUDIES)
+    print(table, flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,7 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--protocol", choices=PROTOCOLS, default=SMALL.name, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STUDY", help=f"some of {', '.join(names)}")
-    parser.add_argument(
+    few = parser.add_mutually_exclusive_group()
+    few.add_argument("--missing", action="store_true", help="run only the contenders that the results there are lack")
+    few.add_argument(
         "--again", action="store_true", help="run nothing: tables and pictures of the results that are there"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="default: %(default)s")

@@ -30,6 +30,11 @@ class Outcome:
     chosen: Mapping[str, float]
     machine: Mapping[str, Any]
 
+    @property
+    def lacking(self) -> tuple[Contender, ...]:
+        """The study's contenders that were not run."""
+        return tuple(contender for contender in self.study.contenders if contender.name not in self.chosen)
+
     def of(self, contender: Contender) -> list[Result]:
         """A contender's runs, one for each seed."""
         return [run for run in self.runs if run.job.contender == contender]
@@ -72,10 +77,11 @@ def from_json(study: Study, protocol: Protocol, found: Mapping[str, Any]) -> Out
     """What `to_json` was given, but for the records between validations.
 
     Raises:
-        ValueError: if the file is of other contenders than the study has now.
+        ValueError: if the file is of contenders that the study has no longer.
     """
-    if set(found["chosen"]) != {contender.name for contender in study.contenders}:
-        raise ValueError(f"{study.name}: its results are of {', '.join(found['chosen'])}: run it again")
+    gone = set(found["chosen"]) - {contender.name for contender in study.contenders}
+    if gone:
+        raise ValueError(f"{study.name}: its results are of {', '.join(sorted(gone))} too: run it again")
     metric = Metric(**found["metric"])
     search, runs = ([_read(study, protocol, metric, run) for run in found[key]] for key in ("grid", "runs"))
     return Outcome(study, protocol, search, runs, found["chosen"], found["machine"])

@@ -1,7 +1,8 @@
 """The paper's tasks and the optimizers that are compared on each.
 
 Horizons are where a contender was expected to be as good as the baseline when the protocol was fixed; whether it is,
-the results say. Contenders that are expected to be alike have the same horizon, so that they can be compared too.
+the results say. Contenders that are expected to be alike have the same horizon, so that they can be compared too;
+the baseline runs on a schedule of that length besides.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ SPECTRAL = (
 
 BF16_ITERATIONS = ("matmul_precision", "medium")
 
+
+def long_and_short(baseline: Contender, horizon: float) -> tuple[Contender, Contender]:
+    """A baseline, and the same given no more steps than the contenders: what a short schedule does by itself."""
+    return baseline, replace(baseline, name=f"short {baseline.name}", horizon=horizon)
+
+
 GPT = Study(
     name="gpt",
     title="Language model: byte GPT of 3.3M parameters",
@@ -32,7 +39,7 @@ GPT = Study(
     evaluations=40,
     batch=8,
     contenders=(
-        Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3, 4e-3)),
+        *long_and_short(Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3, 4e-3)), 0.4),
         Contender("Muon", "gpt_muon.json", (4e-3, 8e-3, 16e-3), horizon=0.4),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
         Contender("Spectral", "gpt_zero2_shampoo.json", (8e-3, 16e-3, 32e-3), horizon=0.4, overrides=SPECTRAL),
@@ -50,7 +57,7 @@ GPT_12M = Study(
     evaluations=20,
     batch=8,
     contenders=(
-        Contender("AdamW", "gpt_zero2_adamw.json", (5e-4, 1e-3, 2e-3)),
+        *long_and_short(Contender("AdamW", "gpt_zero2_adamw.json", (5e-4, 1e-3, 2e-3)), 0.4),
         Contender("Muon", "gpt_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
         Contender(
@@ -76,7 +83,7 @@ TRANSLATION = Study(
     small_steps=60,
     evaluations=20,
     contenders=(
-        Contender("AdamW", "translation_adamw.json", (5e-4, 1e-3, 2e-3)),
+        *long_and_short(Contender("AdamW", "translation_adamw.json", (5e-4, 1e-3, 2e-3)), 0.5),
         Contender("Muon", "translation_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.5),
         Contender("Shampoo", "translation_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.5),
         Contender("Spectral", "translation_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.5, overrides=SPECTRAL),
@@ -93,7 +100,7 @@ BERT = Study(
     small_steps=60,
     evaluations=20,
     contenders=(
-        Contender("AdamW", "bert_adamw.json", (5e-4, 1e-3, 2e-3)),
+        *long_and_short(Contender("AdamW", "bert_adamw.json", (5e-4, 1e-3, 2e-3)), 0.7),
         Contender("Muon", "bert_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.7),
         Contender("Shampoo", "bert_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.7),
         Contender("Spectral", "bert_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.7, overrides=SPECTRAL),
@@ -109,7 +116,7 @@ CLICKS = Study(
     steps=400,
     small_steps=50,
     contenders=(
-        Contender("AdamW", "dlrm_adamw.json", (1e-3, 2e-3, 4e-3)),
+        *long_and_short(Contender("AdamW", "dlrm_adamw.json", (1e-3, 2e-3, 4e-3)), 0.65),
         Contender("Muon", "dlrm_muon.json", (4e-3, 8e-3, 16e-3), horizon=0.65),
         Contender("Shampoo", "dlrm_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.65),
         Contender("Spectral", "dlrm_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.65, overrides=SPECTRAL),
@@ -126,7 +133,7 @@ IMAGES = Study(
     small_steps=40,
     evaluations=20,
     contenders=(
-        Contender("SGD", "resnet_sgd.json", (0.2, 0.4, 0.8)),
+        *long_and_short(Contender("SGD", "resnet_sgd.json", (0.2, 0.4, 0.8)), 0.75),
         Contender("AdamW", "resnet_adamw.json", (8e-3, 16e-3, 32e-3), horizon=0.75),
         Contender("Shampoo", "resnet_shampoo.json", (8e-3, 16e-3, 32e-3), horizon=0.75),
         Contender("Spectral", "resnet_shampoo.json", (8e-3, 16e-3, 32e-3), horizon=0.75, overrides=SPECTRAL),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks.evidence.__main__ as evidence
-from benchmarks.evidence import jobs
+from benchmarks.evidence import execution, jobs
 from benchmarks.evidence.figures import Spread, best_rate, compare, difference, next_rate, reached
 from benchmarks.evidence.jobs import Result, arguments, effective_config
 from benchmarks.evidence.outcome import Outcome, from_json, to_json
@@ -111,11 +111,44 @@ def test_every_contender_is_tried_until_its_best_rate_has_neighbours(
     def run_all(jobs: Sequence[Job], *_: object) -> list[Result]:
         return [at(job.lr, 1 / (1 + abs(job.lr - best[job.contender.name])), job.contender) for job in jobs]
 
-    monkeypatch.setattr(evidence, "run_all", run_all)
-    outcome = evidence.carry_out(STUDY, FULL, tmp_path, [0])
+    monkeypatch.setattr(execution, "run_all", run_all)
+    outcome = execution.carry_out(STUDY, FULL, tmp_path, [0])
     assert outcome.chosen == best
-    tried = {name: [r.job.lr for r in outcome.search if r.job.contender.name == name] for name in best}
-    assert tried == {"AdamW": [1, 2, 4], "Shampoo": [1, 2, 4, 8, 16, 32, 64]}
+    assert rates_tried(outcome) == {"AdamW": [1, 2, 4], "Shampoo": [1, 2, 4, 8, 16, 32, 64]}
+
+
+def rates_tried(outcome: Outcome) -> dict[str, list[float]]:
+    """Every contender's grid."""
+    names = outcome.chosen
+    return {name: [run.job.lr for run in outcome.search if run.job.contender.name == name] for name in names}
+
+
+def test_only_what_the_results_lack_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = []
+
+    def run_all(jobs: Sequence[Job], *_: object) -> list[Result]:
+        ran.extend(job.contender.name for job in jobs)
+        return [replace(at(job.lr, 0.1 / (1 + abs(job.lr - 2.0)), job.contender), job=job) for job in jobs]
+
+    monkeypatch.setattr(execution, "run_all", run_all)
+    alone = execution.carry_out(replace(STUDY, contenders=(FIRST,)), FULL, tmp_path, [0])
+    evidence.write(alone, tmp_path)
+    kept = evidence.read(STUDY, FULL, tmp_path / "made.json")
+    assert kept.lacking == (SECOND,)
+    with pytest.raises(ValueError, match="made: its results lack Shampoo: run them with --missing"):
+        evidence.write(kept, tmp_path)
+
+    ran.clear()
+    both = execution.carry_out(STUDY, FULL, tmp_path, [0], kept)
+    assert set(ran) == {"Shampoo"}
+    assert rates_tried(both) == {"AdamW": [1, 2, 4], "Shampoo": [1, 2, 4]}
+    assert to_json(both)["runs"][:3] == to_json(alone)["runs"]
+    assert len(both.runs) == 6
+    ran.clear()
+    assert to_json(execution.carry_out(STUDY, FULL, tmp_path, [0], both)) == to_json(both)
+    assert not ran
+    with pytest.raises(ValueError, match=r"made: its results come from .*: seconds do not compare"):
+        execution.carry_out(STUDY, FULL, tmp_path, [0], replace(kept, machine={"cpu": "another"}))
 
 
 def test_the_full_protocol_searches_every_grid_and_runs_every_seed() -> None:
@@ -156,7 +189,7 @@ def test_results_that_were_kept_give_the_same_report() -> None:
     again = from_json(STUDY, FULL, kept)
     assert to_json(again) == kept
     assert to_markdown(again) == to_markdown(outcome)
-    with pytest.raises(ValueError, match="made: its results are of AdamW, Shampoo: run it again"):
+    with pytest.raises(ValueError, match="made: its results are of Shampoo too: run it again"):
         from_json(replace(STUDY, contenders=(FIRST,)), FULL, kept)
 
 
