@@ -19,19 +19,17 @@ from benchmarks import machine
 from benchmarks.evidence.execution import choose_from
 from benchmarks.evidence.figures import Figure, best_rate, compare
 from benchmarks.evidence.jobs import JobError, Result
-from benchmarks.evidence.protocol import Contender, Protocol, Study
+from benchmarks.evidence.protocol import Contender, Protocol
 from benchmarks.evidence.studies import GPT_12M
 from benchmarks.report import number, table
 
 # What Shampoo's seconds should stay within, in parts of AdamW's.
 TARGET = 0.75
 
-STUDY = Study(
+STUDY = replace(
+    GPT_12M,
     name="e2e",
     title="Language model: byte GPT of 13M parameters, 16,384 tokens a step, two ranks",
-    program="pretrain_gpt.py",
-    arguments=("--autocast", "--eval-windows", "400", "--layers", "4", "--d-model", "512", "--heads", "8"),
-    corpus="gutenberg",
     steps=160,
     small_steps=160,
     evaluations=32,
@@ -40,13 +38,7 @@ STUDY = Study(
     contenders=(
         Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3, 4e-3)),
         Contender("Shampoo", "gpt_zero2_shampoo.json", (4e-3,), horizon=0.5),
-        Contender(
-            "Spectral",
-            "gpt_zero2_shampoo.json",
-            (8e-3,),
-            horizon=0.5,
-            overrides=GPT_12M.contender("Spectral").overrides,
-        ),
+        replace(GPT_12M.contender("Spectral"), lrs=(8e-3,), horizon=0.5),
     ),
 )
 
