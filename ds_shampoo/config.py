@@ -111,6 +111,7 @@ class ShampooConfig(GroupSettings):
 _Settings = TypeVar("_Settings", bound=GroupSettings)
 
 _JOB_KEYS = frozenset(ShampooConfig.model_fields) - frozenset(GroupSettings.model_fields)
+_GROUP_KEYS = frozenset(GroupSettings.model_fields) | {"preconditioned"}
 
 
 def parse(settings: Mapping[str, Any]) -> ShampooConfig:
@@ -159,8 +160,7 @@ def check_rescaling(settings: GroupSettings) -> None:
 def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupSettings:
     """Checks one param group's own settings over the optimizer's defaults.
 
-    Keys foreign to Shampoo are left alone (frameworks tag their groups) unless they look like a misspelt
-    setting.
+    Keys foreign to Shampoo are left alone (frameworks tag their groups) unless they look like a misspelt one.
 
     Raises:
         SettingsError: as `parse`, and for a job-wide key in a group.
@@ -169,8 +169,8 @@ def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupS
     for key, value in own.items():
         if key in _JOB_KEYS:
             raise SettingsError(f"Shampoo setting '{key}' holds for the whole job and can't be set in a param group")
-        if key not in GroupSettings.model_fields and _nearest(key, GroupSettings.model_fields):
-            raise _unknown(key, value, GroupSettings.model_fields)
+        if key not in GroupSettings.model_fields and _nearest(key, _JOB_KEYS | _GROUP_KEYS):
+            raise _unknown(key, value, _GROUP_KEYS, _JOB_KEYS)
     preconditioned = group.get("preconditioned", True)
     if not isinstance(preconditioned, bool):
         raise SettingsError(f"param group key 'preconditioned' = {preconditioned!r}: must be true or false")
@@ -199,8 +199,8 @@ def _validate(model: type[_Settings], settings: Mapping[str, Any]) -> _Settings:
         ) from None
 
 
-def _unknown(key: str, value: object, known: Iterable[str]) -> SettingsError:
-    nearest = _nearest(key, known)
+def _unknown(key: str, value: object, known: Iterable[str], elsewhere: Iterable[str] = ()) -> SettingsError:
+    nearest = _nearest(key, [*known, *elsewhere])
     hint = f"did you mean '{nearest}'? " if nearest else ""
     return SettingsError(
         f"Shampoo setting '{key}' = {value!r}: unknown key; {hint}The keys are: {', '.join(sorted(known))}"

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import ds_shampoo
 from command_line import effective_config
 from corpora import Corpus
+from ds_shampoo.host.cores import local_place
 from optimizers import OptimizerError, take_optimizer
 from plots import plot_losses
 from recorder import Record, Recorder, read_metrics
@@ -202,7 +203,7 @@ def data_folder(arguments: argparse.Namespace, corpus: Corpus) -> Path:
 def use_cores() -> None:
     """Shares this machine's cores among its ranks, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        _, ranks = local_place()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 

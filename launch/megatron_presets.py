@@ -1,7 +1,8 @@
 """Sizes of GPT for jobs on GPUs, as flags of pretrain_gpt_megatron.py: `python launch/megatron_presets.py 6.7b`.
 
-The shapes are GPT-3's. None of them was run by this project, which had no GPU; tests/megatron_models/test_presets.py
-builds each without memory and looks at its blocks and their owners.
+Shapes and, on 64 GPUs, batches are GPT-3's: 2**20 tokens a step for 1.3b, 2**21 for the others. None of them was run by
+this project, which had no GPU; tests/megatron_models/test_presets.py builds each without memory and looks at its blocks
+and their owners.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Preset:
     tensor_model_parallel_size: int
     config: str
     seq_length: int = 2048
+    train_iters: int = 100_000
 
     def flags(self) -> list[str]:
         sizes = [
@@ -32,6 +34,7 @@ class Preset:
             f"--num-attention-heads {self.num_attention_heads}",
             f"--seq-length {self.seq_length}",
             f"--tensor-model-parallel-size {self.tensor_model_parallel_size}",
+            f"--train-iters {self.train_iters}",
         ]
         return [*sizes, *(["--sequence-parallel"] if self.tensor_model_parallel_size > 1 else [])]
 

@@ -2,7 +2,10 @@
 # Pretrains a GPT of a preset's size on one machine, or on all machines of a hostfile. Written for GPUs; not run on any.
 #
 #   launch/pretrain_gpt_megatron.sh 1.3b DATA_PREFIX RUN_FOLDER
-#   HOSTFILE=hosts launch/pretrain_gpt_megatron.sh 13b DATA_PREFIX RUN_FOLDER --train-iters 100000
+#   HOSTFILE=hosts launch/pretrain_gpt_megatron.sh 13b DATA_PREFIX RUN_FOLDER --save-interval 1000
+#
+# The JSONs' batches are for 64 GPUs: with another number scale gradient_accumulation_steps. RUN_FOLDER has to be one
+# that all machines share.
 #
 # Every rank gets cores of its own, from which it takes its root threads: --bind_cores_to_rank needs numactl.
 set -euo pipefail

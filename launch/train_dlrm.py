@@ -18,7 +18,10 @@ from dlrm.task import DLRMTask
 
 def main() -> None:
     parser = command_line.build_parser(
-        __doc__.splitlines()[0], steps=400, eval_interval=20, data="flights.csv, or the folder that has it"
+        __doc__.splitlines()[0],
+        steps=400,
+        eval_interval=20,
+        data="flights.csv, or the folder that has it (default: data/flights)",
     )
     job.main(command_line.parse(parser), make_task)
 

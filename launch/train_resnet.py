@@ -19,7 +19,10 @@ from resnet.task import ResNetTask, add_arguments
 
 def main() -> None:
     parser = command_line.build_parser(
-        __doc__.splitlines()[0], steps=300, eval_interval=10, data="folder of images in MNIST's layout"
+        __doc__.splitlines()[0],
+        steps=300,
+        eval_interval=10,
+        data="folder of images in MNIST's layout (default: data/fashion_mnist)",
     )
     add_arguments(parser)
     arguments = command_line.parse(parser)

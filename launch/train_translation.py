@@ -21,7 +21,10 @@ SIZE = ("layers", "d_model", "heads", "longest", "vocab")
 
 def main() -> None:
     parser = command_line.build_parser(
-        __doc__.splitlines()[0], steps=400, eval_interval=20, data="folder of en.txt and de.txt, line by line the same"
+        __doc__.splitlines()[0],
+        steps=400,
+        eval_interval=20,
+        data="folder of en.txt and de.txt, line by line the same (default: data/help_en_de)",
     )
     add_arguments(parser)
     arguments = command_line.parse(parser)

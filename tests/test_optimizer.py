@@ -397,6 +397,8 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
         ({"block_sice": 3}, r"'block_sice' = 3: unknown key; did you mean 'block_size'"),
         ({"block_size": -3}, r"'block_size' = -3"),
         ({"exchange_dtype": "bfloat16"}, r"'exchange_dtype' holds for the whole job"),
+        ({"root_overlapp": False}, r"'root_overlapp' = False: unknown key; did you mean 'root_overlap'\? The keys"),
+        ({"preconditoned": False}, r"'preconditoned' = False: unknown key; did you mean 'preconditioned'"),
         (
             {"root_dtype": "bfloat16", "root_refresh_threshold": 0.1},
             r"'root_dtype' = 'bfloat16': must be 'float32' where",

@@ -19,8 +19,12 @@ from ds_shampoo.deepspeed.support import refuse_unsupported
     [
         (SimpleNamespace(zero_optimization_stage=lambda: 3), "zero_optimization.stage = 3: with DeepSpeed before 0.19"),
         (SimpleNamespace(pipeline_parallelism=True), "pipeline parallelism .* with DeepSpeed before 0.19"),
+        (
+            SimpleNamespace(zero_optimization_stage=lambda: 0, bfloat16_enabled=lambda: True),
+            "bf16.enabled = true at zero_optimization.stage = 0: with DeepSpeed before 0.19",
+        ),
     ],
-    ids=["stage3", "pipeline"],
+    ids=["stage3", "pipeline", "bf16"],
 )
 def test_older_releases(monkeypatch: pytest.MonkeyPatch, release: str, engine: SimpleNamespace, named: str) -> None:
     monkeypatch.setattr(deepspeed, "__version__", release)
@@ -33,6 +37,7 @@ def test_tested_releases(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     monkeypatch.setattr(deepspeed, "__version__", release)
     refuse_unsupported(SimpleNamespace(zero_optimization_stage=lambda: 3))
     refuse_unsupported(SimpleNamespace(zero_optimization_stage=lambda: 1, pipeline_parallelism=True))
+    refuse_unsupported(SimpleNamespace(zero_optimization_stage=lambda: 0, bfloat16_enabled=lambda: True))
 
 
 def with_nvme(section: str, stage: int, pipeline: bool = False) -> SimpleNamespace:

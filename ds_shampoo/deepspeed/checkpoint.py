@@ -133,10 +133,20 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
 
 
 def _folder(engine: Any, load_dir: str, tag: str | None) -> Path | None:
-    """Where a checkpoint's folder of blocks is or would be; None where no checkpoint is named."""
-    latest = Path(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")
-    if tag is None and latest.is_file():
-        tag = latest.read_text().strip()
+    """Where a checkpoint's folder of blocks is or would be; None where no checkpoint is named.
+
+    Raises:
+        CheckpointError: where a universal checkpoint would take a job back behind one that it has saved since.
+    """
+    latest, universal = Path(load_dir, "latest"), Path(load_dir, "latest_universal")
+    named = universal if engine.load_universal_checkpoint() else latest
+    if tag is None and named.is_file():
+        tag = named.read_text().strip()
+        if named is universal and latest.is_file() and latest.stat().st_mtime > universal.stat().st_mtime:
+            raise CheckpointError(
+                f"checkpoint.load_universal = true: {universal} names {tag}, but {latest} is newer and names "
+                f"{latest.read_text().strip()}; take load_universal out of the JSON to go on from that, or pass the tag"
+            )
     return Path(load_dir, str(tag), FOLDER) if tag is not None else None
 
 

@@ -144,6 +144,11 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "scaled; use stage 1 or 2, or bf16",
     ),
     (
+        lambda e: _ask(e, "bfloat16_enabled") and _ask(e, "zero_optimization_stage") == 0 and _older_deepspeed(),
+        "bf16.enabled = true at zero_optimization.stage = 0: with DeepSpeed before 0.19 its fp32 weights were not "
+        "found; use stage 1 or 2, or upgrade DeepSpeed",
+    ),
+    (
         lambda e: _on_nvme(e, "zero_offload_optimizer") and _ask(e, "zero_optimization_stage") != 3,
         'zero_optimization.offload_optimizer.device = "nvme": at stage 3 only; use "cpu"',
     ),
@@ -189,7 +194,8 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     ),
     (
         lambda e: _ask(e, "fp16_master_weights_and_gradients") or _ask(e, "bf16_master_weights_and_gradients"),
-        "fp16/bf16_master_weights_and_gradients = true: Shampoo needs fp32 master weights; set it to false",
+        "fp16.fp16_master_weights_and_grads or bf16.bf16_master_weights_and_grads = true: Shampoo needs fp32 master "
+        "weights; set them to false",
     ),
     (
         lambda e: _ask(e, "torch_autocast_enabled"),

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+# How launchers tell a process its number among those of its machine, and how many these are: deepspeed and torchrun,
+# Open MPI, MVAPICH, Intel MPI. Slurm has a table of all machines in the second's place.
+_LAUNCHERS = (
+    ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("LOCAL_RANK", "LOCAL_SIZE"),
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
 
 # More threads than this gain nothing where a rank's roots fit into half an interval anyway.
 _MOST_BY_DEFAULT = 8
@@ -51,12 +62,35 @@ class Machine:
 
 
 def this_machine(training_threads: int, environment: Mapping[str, str] = os.environ) -> Machine:
-    """Reads the machine and the launcher's environment (`deepspeed`'s LOCAL_SIZE or `torchrun`'s LOCAL_WORLD_SIZE)."""
+    """Reads the machine and the launcher's environment."""
     cores = os.cpu_count() or 1
     affinity = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(cores))
-    ranks = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
-    rank = min(max(int(environment.get("LOCAL_RANK") or 0), 0), ranks - 1)
+    rank, ranks = local_place(environment)
     return Machine(affinity, cores, rank, ranks, training_threads)
+
+
+def local_place(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """This process's number among the ranks of its machine, and how many these are; 0 of 1 if no launcher says so."""
+    for number, count in _LAUNCHERS:
+        if environment.get(count):
+            ranks = int(environment[count])
+            return min(max(int(environment.get(number) or 0), 0), ranks - 1), ranks
+    counts = _slurm_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = int(environment.get("SLURM_NODEID") or 0)
+    if node < len(counts):
+        return int(environment.get("SLURM_LOCALID") or 0), counts[node]
+    return 0, 1
+
+
+def _slurm_counts(table: str) -> list[int]:
+    """The tasks of each machine from Slurm's "8(x3),4"; none where it isn't that."""
+    counts: list[int] = []
+    for part in table.split(",") if table else ():
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            return []
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts
 
 
 def plan_cores(machine: Machine, threads: int | None, cores: Sequence[int] | None) -> CorePlan:

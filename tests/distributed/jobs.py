@@ -367,9 +367,21 @@ def plain_loading(config: dict[str, Any], folder: str, first: int, steps: int) -
         return train(engine, first, steps - first)
 
 
-def failing_to_load(config: dict[str, Any], folder: str) -> tuple[str, bool]:
+def saving_again(
+    config: dict[str, Any], folder: str, first: int, steps: int, groups: Callable[[nn.Module], Any] | None = None
+) -> None:
+    """As `loading`, and a checkpoint at the end."""
+    with engine_of(config, groups) as engine:
+        engine.load_checkpoint(folder)
+        train(engine, first, steps - first)
+        engine.save_checkpoint(folder)
+
+
+def failing_to_load(
+    config: dict[str, Any], folder: str, groups: Callable[[nn.Module], Any] | None = None
+) -> tuple[str, bool]:
     """The message with which loading fails, and whether it left every state alone."""
-    with engine_of(config) as engine:
+    with engine_of(config, groups) as engine:
         train(engine, 0, 2)
         before = fingerprint(engine, engine.basic_optimizer)
         try:

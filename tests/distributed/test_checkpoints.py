@@ -96,6 +96,20 @@ def test_another_precision_goes_on_from_the_same_weights_and_roots(
     assert traces[0].losses == pytest.approx(straight.losses, rel=0.02)
 
 
+def test_a_universal_checkpoint_does_not_take_a_job_back(
+    pools: Pools, universal: dict[int, tuple[Path, Trace]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(universal[2][0], tmp_path / "job")
+    config = engine_config(SHAMPOO, 2, 1, size=BATCH, **UNIVERSAL)
+    pools(1).run(jobs.saving_again, config, str(folder), SAVE_AT, SAVE_AT + 2, jobs.decay_groups)
+    ((message, untouched),) = pools(1).run(jobs.failing_to_load, config, str(folder), jobs.decay_groups)
+    assert f"names global_step{SAVE_AT}_universal, but" in message
+    assert f"is newer and names global_step{SAVE_AT + 2}; take load_universal out of the JSON" in message
+    assert untouched
+    config = engine_config(SHAMPOO, 2, 1, size=BATCH)
+    pools(1).run(jobs.loading, config, str(folder), SAVE_AT + 2, STEPS, jobs.decay_groups)
+
+
 def test_stage_0_loads_on_any_number_of_ranks(pools: Pools, tmp_path: Path) -> None:
     config = engine_config(SHAMPOO, 0, 2, size=BATCH)
     straight = pools(2).run(jobs.saving, config, str(tmp_path), SAVE_AT, STEPS)[0]

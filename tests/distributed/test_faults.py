@@ -174,7 +174,7 @@ def test_fewer_blocks_than_ranks(pools: Pools, stage: int, matrices: int) -> Non
         ({"sequence_parallel_size": 2, "data_parallel_size": 1}, "sequence parallelism"),
         (
             {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 2}},
-            "fp16/bf16_master_weights_and_gradients = true",
+            "bf16.bf16_master_weights_and_grads = true",
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "super_offload": True}}},

@@ -51,10 +51,26 @@ def test_shares_are_consecutive_and_cover_all() -> None:
     assert format_cores([8, 0, 1, 2, 10, 11]) == "0-2,8,10-11"
 
 
-@pytest.mark.parametrize("size", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
-def test_the_launchers_environment_is_read(size: str) -> None:
-    found = this_machine(3, {size: "4", "LOCAL_RANK": "2"})
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LOCAL_SIZE": "4", "LOCAL_RANK": "2"},
+        {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"},
+        {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2"},
+        {"MV2_COMM_WORLD_LOCAL_SIZE": "4", "MV2_COMM_WORLD_LOCAL_RANK": "2"},
+        {"MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "2"},
+        {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4,8", "SLURM_NODEID": "2", "SLURM_LOCALID": "2"},
+    ],
+)
+def test_the_launchers_environment_is_read(environment: dict[str, str]) -> None:
+    found = this_machine(3, environment)
     assert (found.local_rank, found.local_ranks, found.training_threads) == (2, 4, 3)
     assert found.affinity
-    alone = this_machine(1, {"LOCAL_RANK": "-1"})
+
+
+@pytest.mark.parametrize(
+    "environment", [{"LOCAL_RANK": "-1"}, {"SLURM_STEP_TASKS_PER_NODE": "many", "SLURM_LOCALID": "2"}, {}]
+)
+def test_a_process_that_no_launcher_started_is_alone(environment: dict[str, str]) -> None:
+    alone = this_machine(1, environment)
     assert (alone.local_rank, alone.local_ranks) == (0, 1)

@@ -27,6 +27,16 @@ def test_the_json_is_what_shampoo_takes(name: str) -> None:
     parse(config["optimizer"]["params"])
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("1.3b", 2**20), ("6.7b", 2**21), ("13b", 2**21)])
+def test_batch_and_schedule_are_those_of_64_gpus(name: str, tokens: int) -> None:
+    preset = PRESETS[name]
+    config = json.loads((ROOT / preset.config).read_text())
+    copies = WORLD // preset.tensor_model_parallel_size
+    sequences = copies * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    assert sequences * preset.seq_length == tokens
+    assert f"--train-iters {config['scheduler']['params']['total_num_steps']}" in preset.flags()
+
+
 @pytest.fixture(scope="module")
 def on_64_ranks() -> dict[str, dict[str, float]]:
     """What `owned` says of each preset, from a process of its own, where 64 ranks are made believe."""
