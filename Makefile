@@ -37,7 +37,8 @@ FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsoc
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 	@echo
-	@echo "make pretrain takes OPTIMIZER=shampoo|adamw GPUS=ranks STEPS= SEED= NAME= DATA=file-or-folder CONFIG=json"
+	@echo "make pretrain takes OPTIMIZER=shampoo|spectral|adamw GPUS=ranks STEPS= SEED= NAME= DATA=file-or-folder CONFIG=json"
+	@echo "make evidence takes PROTOCOL=small|full STUDY=\"some of its names\""
 
 setup: $(DONE)/ops $(if $(DATA),,data/gutenberg)  ## the environment, DeepSpeed's ops and the corpus
 

@@ -184,6 +184,11 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "zero_optimization.elastic_checkpoint = true: such a checkpoint would lose Shampoo's factors; set it to false",
     ),
     (
+        lambda e: _ask(e, "use_node_local_storage"),
+        "checkpoint.use_node_local_storage = true: Shampoo's part of a checkpoint is read by ranks of other machines; "
+        "set it to false and save to a folder that all machines share",
+    ),
+    (
         lambda e: _ask(e, "load_universal_checkpoint") and _ask(e, "zero_optimization_stage") == 0,
         "checkpoint.load_universal = true at zero_optimization.stage = 0: DeepSpeed would restore neither weights nor "
         "moments there; use stage 1, 2 or 3",

@@ -190,6 +190,7 @@ def test_fewer_blocks_than_ranks(pools: Pools, stage: int, matrices: int) -> Non
             },
             "zero_optimization.zenflow",
         ),
+        ({"checkpoint": {"use_node_local_storage": True}}, "checkpoint.use_node_local_storage = true"),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal = true at zero_optimization.stage = 0"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value.split(" = ")[0],
