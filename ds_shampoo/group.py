@@ -260,12 +260,21 @@ def _target_squares(grafted: Tensor, numel: int, settings: GroupSettings) -> Ten
 
 
 def _rescaled(directions: Tensor, squares: Tensor | None) -> Tensor:
-    """Stacked directions [n, *shape], each brought to the norm whose square is given; a zero one stays zero."""
+    """Stacked directions [n, *shape], each brought to the norm whose square is given; zero is what has no direction.
+
+    That is a zero one, and one that overflowed: products of roots of a low order can, where gradients vanish.
+    """
     if squares is None:
         return directions
     norms = torch.linalg.vector_norm(directions.flatten(1), dim=1)
-    scale = torch.where(norms > 0, squares.sqrt() / norms, torch.zeros_like(norms))
-    return directions.mul_(scale.view(-1, *(1,) * (directions.dim() - 1)))
+    pointing = (norms > 0) & norms.isfinite()
+    scale = torch.where(pointing, squares.sqrt() / norms, torch.zeros_like(norms))
+    each = -1, *(1,) * (directions.dim() - 1)
+    directions.mul_(scale.view(each))
+    # Zero times infinity is no zero. A host that can know at once saves itself the pass over the data.
+    if directions.device.type != "cpu" or not bool(pointing.all()):
+        directions.masked_fill_(~pointing.view(each), 0.0)
+    return directions
 
 
 def _returned(staged: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,6 @@ from ds_shampoo.host.schedule import RootSchedule, stagger
 from ds_shampoo.host.service import RootService
 from ds_shampoo.metrics import collect
 from ds_shampoo.report import render
-from ds_shampoo.sharding.order import by_name
 from ds_shampoo.sharding.ownership import fingerprint
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
 from ds_shampoo.sharding.table import block_table, cut_all
@@ -135,7 +134,8 @@ class Shampoo(Optimizer):
         self._names = selection.names(model) if model is not None else {}
         self._roles = selection.roles(model) if model is not None else {}
         self._logical: list[list[LogicalParameter]] = []
-        self._places: dict[Block, int] = {}
+        # Every block's in `stagger`'s order; decides when its roots are due.
+        self.places: dict[Block, int] = {}
         self._placed_groups = 0
         self._groups: dict[tuple[int, int], ShardedGroup] = {}
         self._loads: dict[int, list[float]] = {}
@@ -244,9 +244,9 @@ class Shampoo(Optimizer):
         """torch's `state` and `param_groups`, and `blocks`: this rank's factors and roots by block name.
 
         Under DeepSpeed `blocks` is empty: `engine.save_checkpoint` writes them to files of their own. Plain tensors
-        and numbers only, so that `torch.load(weights_only=True)` takes it.
+        and numbers only, so that `torch.load(weights_only=True)` takes it; blocks are copies in host memory.
         """
-        blocks = {} if self.layout.keeps_blocks_apart else saving.blocks_state(self._groups.values())
+        blocks = {} if self.layout.keeps_blocks_apart else saving.on_host(saving.blocks_state(self._groups.values()))
         return {**super().state_dict(), "blocks": blocks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -293,7 +293,7 @@ class Shampoo(Optimizer):
     def _held(self) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
         """What is stepped together: every param group, or its parts, with the tensors that stand for it."""
         for group in self.param_groups:
-            parts = self.layout.parts(group["group_index"])
+            parts = self._parts(group["group_index"])
             if parts is None and self._takes_part(group):
                 yield group, group["params"]
             for part in parts or ():
@@ -301,14 +301,22 @@ class Shampoo(Optimizer):
 
     def _takes_part(self, group: Mapping[str, Any]) -> bool:
         """Whether a group is stepped now: frameworks take the tensors out of those whose turn it isn't."""
-        return bool(group["params"]) or (self.layout.steps_empty and bool(self._logical[group["group_index"]]))
+        return (bool(group["params"]) or self.layout.steps_empty) and self._is_trained(group["group_index"])
 
     def _count(self) -> int:
         """How much there is of what is stepped together."""
-        parts = [self.layout.parts(index) for index in range(len(self._logical))]
-        return sum(
-            bool(logical) if own is None else len(own) for logical, own in zip(self._logical, parts, strict=True)
-        )
+        parts = ((index, self._parts(index)) for index in range(len(self._logical)))
+        return sum(self._is_trained(index) if own is None else len(own) for index, own in parts)
+
+    def _is_trained(self, index: int) -> bool:
+        """Whether any parameter of a group is; frameworks may drop the tensors of one that is wholly frozen."""
+        return any(parameter.tensor.requires_grad for parameter in self._logical[index])
+
+    def _parts(self, index: int) -> Sequence[Tensor] | None:
+        """The layout's parts of a group, which DeepSpeed numbers without those that have no parameters."""
+        if not self._logical[index]:
+            return None
+        return self.layout.parts(sum(map(bool, self._logical[:index])))
 
     def _sharded(self, group: Mapping[str, Any], held: Sequence[Tensor]) -> ShardedGroup:
         index, settings = group["group_index"], group_settings(group)
@@ -330,7 +338,7 @@ class Shampoo(Optimizer):
                 self._service,
                 self._stopwatch,
                 self._memory,
-                self._places,
+                self.places,
             )
             self._log_table()
         return self._groups[key]
@@ -340,6 +348,8 @@ class Shampoo(Optimizer):
 
         Groups of different schedules have rounds of their own.
         """
+        if self._placed_groups == len(self._logical):
+            return
         order = {key: number for number, key in enumerate(self._names)}
         members: dict[RootSchedule, list[tuple[int, list[Block]]]] = {}
         for index in range(self._placed_groups, len(self._logical)):
@@ -348,10 +358,12 @@ class Shampoo(Optimizer):
                 (order.get(id(parameter.tensor), len(order)), cut_all([parameter], settings))
                 for parameter in self._logical[index]
             )
-        for parameters in members.values():
-            mine = [block for _, blocks in sorted(parameters, key=lambda found: found[0]) for block in blocks]
-            everyones = self.layout.everyones(mine)
-            self._places.update(zip(everyones, stagger(everyones, len(self._places)), strict=True))
+        mine: dict[Hashable, list[Block]] = {
+            schedule: [block for _, blocks in sorted(parameters, key=lambda found: found[0]) for block in blocks]
+            for schedule, parameters in members.items()
+        }
+        for blocks in self.layout.everyones(mine).values():
+            self.places.update(zip(blocks, stagger(blocks, len(self.places)), strict=True))
         self._placed_groups = len(self._logical)
 
     def _table(self) -> str:
@@ -386,15 +398,3 @@ class Shampoo(Optimizer):
         role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
         shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
         return LogicalParameter(name, tensor, shape, role, excluded, self.layout.sections(own_name, tensor))
-
-
-def share_places(optimizers: Sequence[Shampoo], names: Sequence[str]) -> None:
-    """Spreads the boundaries of several optimizers' blocks as if one had them all; to be called before they step.
-
-    Args:
-        names: those of all parameters, in the model's order.
-    """
-    blocks = by_name({block for optimizer in optimizers for block in optimizer._places}, names)
-    places = dict(zip(blocks, stagger(blocks, 0), strict=True))
-    for optimizer in optimizers:
-        optimizer._places = places

@@ -22,7 +22,10 @@ _STRUCTURAL = ("block_size", "max_preconditioner_dim", "merge_small_dims", "embe
 
 
 def blocks_state(groups: Iterable[ShardedGroup]) -> dict[str, Any]:
-    """The factors, roots and jobs under way of this rank's blocks, by block name; plain tensors and numbers."""
+    """The factors, roots and jobs under way of this rank's blocks, by block name; plain tensors and numbers.
+
+    Factors and roots are those in use, and not copies: a second set of them may not fit on the device.
+    """
     return {
         str(block): {
             "origin": list(block.origin),
@@ -33,6 +36,15 @@ def blocks_state(groups: Iterable[ShardedGroup]) -> dict[str, Any]:
         for group in groups
         for block, stack, keeper, slot in group.slots()
     }
+
+
+def on_host(state: Any) -> Any:
+    """A tree of dicts, lists, tensors and numbers with copies of the tensors, in host memory."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: on_host(value) for key, value in state.items()}
+    return [on_host(value) for value in state] if isinstance(state, list) else state
 
 
 def load_blocks(saved: Mapping[str, Any], units: Sequence[Unit]) -> None:
@@ -59,7 +71,7 @@ def header(units: Sequence[Unit]) -> dict[str, Any]:
         "settings": [unit.settings.model_dump(mode="json") for unit in units],
         "cut": _cuts(units),
         "steps": {
-            name: state["step"]
+            name: int(state["step"])
             for unit in units
             for name, state in unit.sharded.states_by_name(unit.states).items()
             if "step" in state
@@ -169,6 +181,8 @@ def restore_exactly(
 ) -> None:
     """Puts back the fp32 state that torch's own loading has cast to the parameters' dtype.
 
+    A step count that another optimizer kept as a tensor becomes a number, which no step has to fetch from a device.
+
     Args:
         state: the optimizer's, by parameter; changed in place.
     """
@@ -176,5 +190,7 @@ def restore_exactly(
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     for number, param in zip(numbers, params, strict=True):
         for key, value in state_dict["state"].get(number, {}).items():
-            if isinstance(value, Tensor):
+            if key == "step":
+                state[param][key] = int(value)
+            elif isinstance(value, Tensor):
                 state[param][key] = value.detach().to(param.device, copy=True)

@@ -492,6 +492,61 @@ def test_zero_gradients_change_nothing() -> None:
     assert optimizer.metrics()["preconditioned_blocks"] == 4
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"inverse_exponent_override": 1}, {"root_refresh_threshold": 0.01}, {"preconditioner": "spectral"}],
+    ids=["default", "order 1", "threshold", "spectral"],
+)
+def test_gradients_that_vanish_for_long_and_come_back(changed: dict[str, Any], scale: float) -> None:
+    weight, rng = parameter(16, 12), torch.Generator().manual_seed(1)
+    optimizer = Shampoo([weight], root_interval=2, root_overlap=False, **changed)
+    for step in range(240):
+        present = step < 20 or step >= 200
+        weight.grad = torch.randn(16, 12, generator=rng) * (scale if present else 0.0)
+        optimizer.step()
+        assert weight.isfinite().all()
+    assert optimizer.metrics()["preconditioned_blocks"] == 1
+
+
+def test_a_frozen_group_is_no_part_of_a_step() -> None:
+    weight, frozen = parameter(4, 4), parameter(4, 4).requires_grad_(False)
+    optimizer = Shampoo([{"params": [weight]}, {"params": [frozen]}])
+    for emptied in (False, True):  # as DeepSpeed does at stage 0 in bf16
+        if emptied:
+            optimizer.param_groups[1]["params"] = []
+        for _ in range(3):
+            weight.grad = torch.ones(4, 4)
+            optimizer.step()
+            assert optimizer.between_steps
+
+
+def test_blocks_in_a_state_are_copies() -> None:
+    weight = parameter(4, 4)
+    optimizer = Shampoo([weight], root_overlap=False, root_interval=1)
+    weight.grad = torch.randn(4, 4)
+    optimizer.step()
+    state = optimizer.state_dict()["blocks"]["param_0[0]"]
+    kept = [tensor.clone() for key in ("factors", "roots") for tensor in state[key]]
+    weight.grad = torch.randn(4, 4)
+    optimizer.step()
+    assert all(map(torch.equal, kept, [*state["factors"], *state["roots"]]))
+
+
+def test_another_optimizers_step_count_becomes_a_number() -> None:
+    weight = parameter(4, 4)
+    adamw, optimizer = torch.optim.AdamW([weight]), Shampoo([weight])
+    weight.grad = torch.ones(4, 4)
+    adamw.step()
+    state = {**optimizer.state_dict(), "state": adamw.state_dict()["state"]}
+    assert isinstance(state["state"][0]["step"], torch.Tensor)
+    state["blocks"] = optimizer.state_dict()["blocks"] or {}
+    optimizer.prepare()
+    state["blocks"] = optimizer.state_dict()["blocks"]
+    optimizer.load_state_dict(state)
+    assert type(optimizer.state[weight]["step"]) is int
+
+
 def test_turning_preconditioning_off_changes_the_run() -> None:
     on, off = parameter(6, 5), parameter(6, 5)
     run(Shampoo([on], **SETTINGS), [on], range(8))

@@ -35,7 +35,7 @@ class Preconditioner(Protocol):
         """
 
     def block_state(self, slot: int) -> dict[str, Any]:
-        """Plain tensors and numbers from which `load_block_state` restores the slot bit for bit."""
+        """Plain tensors, views of the present state, and numbers: `load_block_state` restores the slot bit for bit."""
 
     def load_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
         """Takes back what `block_state` gave."""
@@ -87,8 +87,8 @@ class ShampooPreconditioner:
 
     def block_state(self, slot: int) -> dict[str, Any]:
         return {
-            "factors": [factor[slot].clone() for factor in self.factors],
-            "roots": [root[slot].clone() for root in self.roots],
+            "factors": [factor[slot] for factor in self.factors],
+            "roots": [root[slot] for root in self.roots],
             "updates": self.updates[slot],
             "ready": self.ready[slot],
         }

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -148,7 +149,7 @@ class BlockReader:
 def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """The tree without its tensors, which are put into `tensors` under their paths."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().to("cpu").contiguous().clone()
+        tensors[path] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {_TENSOR: path, "shape": list(value.shape), "dtype": str(value.dtype)}
     if isinstance(value, Mapping):
         return {key: _packed(item, f"{path}.{key}", tensors) for key, item in value.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from ds_shampoo import saving
 from ds_shampoo.checkpoint.files import FOLDER, BlockReader, CheckpointError, replace_text, write_file, write_index
@@ -105,7 +106,11 @@ def _refuse_between_micro_batches(engine: Any) -> None:
 
 
 def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
-    """Every rank writes its blocks; then one writes the index of all."""
+    """Every rank writes its blocks; then one writes the index of all.
+
+    Raises:
+        CheckpointError: on all ranks, if any of them can't write; the folder's former content stays in force.
+    """
     stamp = [uuid.uuid4().hex[:8]]
     dist.broadcast_object_list(stamp, src=0)
     units = optimizer.units()
@@ -114,10 +119,15 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
         sliced = optimizer.sliced_parameters()
         states = {name: state for name, state in states.items() if name.rpartition("[")[0] in sliced}
     name = f"rank{engine.global_rank:05d}-{stamp[0]}.safetensors"
-    own = [write_file(folder, name, states)]
     weights = ExpertWeights(engine, slice_rank(engine)).to_save()
-    if weights:
-        own.append(write_file(folder, f"experts-{name}", weights))
+    own, problem = [], ""
+    try:
+        own.append(write_file(folder, name, states))
+        if weights:
+            own.append(write_file(folder, f"experts-{name}", weights))
+    except (OSError, SafetensorError) as error:
+        problem = f"{folder / name}: {error}"
+    _raise_together(problem)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (own, header))
     entries = [entry for each, _ in gathered for entry in each]
@@ -128,8 +138,24 @@ def _save_blocks(engine: Any, optimizer: Shampoo, folder: Path) -> None:
     if engine.global_rank == 0:
         steps = {name: step for _, other in gathered for name, step in other["steps"].items()}
         whole = {**header, **describe(engine, optimizer.param_groups), "steps": steps}
-        write_index(folder, whole, entries)
-    dist.barrier()
+        try:
+            write_index(folder, whole, entries)
+        except OSError as error:
+            problem = f"{folder}: {error}"
+    _raise_together(problem)
+
+
+def _raise_together(problem: str) -> None:
+    """Returns once all ranks are here, if none of them has a problem.
+
+    Raises:
+        CheckpointError: on all ranks, of the first that has one.
+    """
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), None)
+    if first is not None:
+        raise CheckpointError(first)
 
 
 def _folder(engine: Any, load_dir: str, tag: str | None) -> Path | None:
@@ -159,13 +185,13 @@ def _opened(engine: Any, optimizer: Shampoo, folder: Path, experts: ExpertWeight
     Raises:
         CheckpointError: on all ranks, if any of them finds something wrong.
     """
-    reader, problem = None, ""
+    reader, problem, units = None, "", optimizer.units()  # which all ranks have to build at once
     if folder.is_dir():
         try:
             reader = BlockReader(folder)
             if wanted:
                 check_world(engine, reader)
-                saving.check(optimizer.units(), reader)
+                saving.check(units, reader)
             experts.check(reader)
         except CheckpointError as error:
             problem = str(error)
@@ -173,11 +199,7 @@ def _opened(engine: Any, optimizer: Shampoo, folder: Path, experts: ExpertWeight
         problem = without_blocks(folder.parent)
     elif experts and folder.parent.is_dir():
         problem = f"{folder.parent} holds the weights of the first rank's experts only: Shampoo did not save it"
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    first = next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), None)
-    if first is not None:
-        raise CheckpointError(first)
+    _raise_together(problem)
     return reader
 
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_shampoo.algorithm.blocks import Block, Section
+from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.deepspeed.experts import expert_group, global_name
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.order import union_over_ranks
+from ds_shampoo.sharding.order import Rounds, union_over_ranks
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
 
 
@@ -56,12 +56,12 @@ class _EngineLayout:
         found: Sequence[Section] | None = ask(engine.module, name, parameter) if ask is not None else None
         return found
 
-    def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
+    def everyones(self, rounds: Rounds) -> Rounds:
         """Under pipeline, expert and tensor parallelism other ranks have other blocks; ranks are ordered by stage."""
         engine = self._present_engine()
         if not (engine.pipeline_parallelism or engine.has_moe_layers or engine.mp_world_size > 1):
-            return blocks
-        return union_over_ranks(blocks)
+            return rounds
+        return union_over_ranks(rounds)
 
     def parts(self, index: int) -> Sequence[Tensor] | None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 import torch
@@ -82,12 +83,20 @@ class RootJob:
             if moved < self.threshold:
                 return RootAnswer(Verdict.SKIPPED, "", None, self.former * scale, float(scale ** (-1.0 / self.p)))
         found = inverse_root(matrix, self.p, self.epsilon, self.method)
+        if found.root is not None and float(found.root.abs().max()) > torch.finfo(self.root_dtype).max:
+            return RootAnswer(Verdict.REJECTED, f"the root overflows {self.root_dtype}")
         root = None if found.root is None else transfers.result(found.root, self.root_dtype)
         kept = matrix if self.threshold > 0 and root is not None else None
         return RootAnswer(_VERDICTS[found.outcome], found.method, root, kept)
 
 
 def relative_move(former: Tensor, present: Tensor) -> tuple[float, float]:
-    """How far a statistic moved, ‖A/‖A‖ - A₀/‖A₀‖‖_F, and its change of scale, ‖A‖/‖A₀‖."""
+    """How far a statistic moved, ‖A/‖A‖ - A₀/‖A₀‖‖_F, and its change of scale, ‖A‖/‖A₀‖; both in fp64.
+
+    A statistic that is zero or not finite has moved infinitely far.
+    """
+    former, present = former.double(), present.double()
     norms = float(former.norm()), float(present.norm())
+    if not all(0 < norm < math.inf for norm in norms):
+        return math.inf, 1.0
     return float((present / norms[1] - former / norms[0]).norm()), norms[1] / norms[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -33,12 +34,15 @@ class Task(Generic[Answer]):
     Attributes:
         label: what an error names.
         urgency: tasks are begun in ascending order of it.
-        lost: whether the worker that began it died or hung, and may still read what the task reads.
+        lost: whether the worker that had it died or hung, and may still read what the task reads.
     """
 
-    def __init__(self, label: str, urgency: tuple[int, ...], solve: Callable[[], Answer]) -> None:
+    def __init__(
+        self, label: str, urgency: tuple[int, ...], solve: Callable[[], Answer], await_input: Callable[[], object]
+    ) -> None:
+        """`await_input` returns once `solve` can begin without waiting for anyone."""
         self.label, self.urgency, self.lost = label, urgency, False
-        self._solve = solve
+        self._solve, self.await_input = solve, await_input
         self._outcome: tuple[Answer | None, Exception | None] | None = None
 
     @property
@@ -92,7 +96,7 @@ class InlineExecutor:
 class ThreadPool:
     """Daemon threads that solve the most urgent task first.
 
-    A worker that died, or that has been at one task for `timeout` seconds, is replaced, and the thread that waits
+    A worker that died, or that has been solving one task for `timeout` seconds, is replaced, and the thread that waits
     for its task solves that itself. A forked child starts threads of its own when it submits or waits.
 
     Attributes:
@@ -101,10 +105,13 @@ class ThreadPool:
         lost: tasks taken from a dead or hung worker.
     """
 
-    def __init__(self, threads: int, cores: Sequence[int], timeout: float) -> None:
+    def __init__(
+        self, threads: int, cores: Sequence[int], timeout: float, set_up: Callable[[], None] = lambda: None
+    ) -> None:
+        """`set_up` is called by each thread as it begins."""
         self.threads, self.cores, self.timeout = threads, tuple(cores), timeout
         self.waits, self.wait_s, self.lost = 0, 0.0, 0
-        self._crew = _Crew(threads, self.cores)
+        self._crew = _Crew(threads, self.cores, set_up)
         self._closer = weakref.finalize(self, _Crew.close, self._crew, _CLOSE_S)
         _POOLS.add(self)
 
@@ -124,7 +131,7 @@ class ThreadPool:
                     with single_threaded():
                         task.finish(task.attempt())
                 elif not self._crew.wait_for(task, self._crew.next_timeout(self.timeout)):
-                    self.lost += self._crew.replace_lost(self.timeout)
+                    self.lost += self._crew.replace_lost(self.timeout, task)
         finally:
             self.wait_s += time.monotonic() - begin
 
@@ -152,20 +159,20 @@ class ThreadPool:
 
 
 class _Worker:
-    """One thread and the task that it is at."""
+    """One thread, the task that it has, and when it began to solve it: never, while it waits for the input."""
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self.task: Task[Any] | None = None
-        self.began = 0.0
+        self.began = math.inf
         self.dismissed = False
 
 
 class _Crew:
     """What the threads share. They hold this and not the pool, so that a pool that is dropped can end them."""
 
-    def __init__(self, threads: int, cores: tuple[int, ...]) -> None:
-        self._threads, self._cores = threads, cores
+    def __init__(self, threads: int, cores: tuple[int, ...], set_up: Callable[[], None]) -> None:
+        self._threads, self._cores, self._set_up = threads, cores, set_up
         self._changed = threading.Condition()
         self._queue: list[tuple[tuple[int, ...], int, Task[Any]]] = []
         self._numbers = itertools.count()
@@ -195,11 +202,13 @@ class _Crew:
             began = [worker.began for worker in self._workers if worker.task is not None]
         return min(1.0, max(0.0, min(began, default=time.monotonic()) + timeout - time.monotonic()))
 
-    def replace_lost(self, timeout: float) -> int:
+    def replace_lost(self, timeout: float, awaited: Task[Any]) -> int:
         """Dismisses workers that are dead or over their time, and starts what is missing.
 
+        Where a worker died before it had a task, the next may do so too: `awaited` is then taken out of the queue.
+
         Returns:
-            How many tasks were taken from them.
+            How many tasks were taken away.
         """
         now, lost = time.monotonic(), 0
         with self._changed:
@@ -209,12 +218,22 @@ class _Crew:
                 if hung or not worker.thread.is_alive():
                     worker.dismissed = True
                     self._workers.remove(worker)
-                    if worker.task is not None:
-                        worker.task.lost = True
+                    found = worker.task or self._withdrawn(awaited)
+                    if found is not None:
+                        found.lost = True
                         lost += 1
             while len(self._workers) < self._threads:
                 self._start_worker()
         return lost
+
+    def _withdrawn(self, task: Task[Any]) -> Task[Any] | None:
+        """The task, taken out of the queue; None where it isn't there."""
+        left = [entry for entry in self._queue if entry[-1] is not task]
+        if len(left) == len(self._queue):
+            return None
+        self._queue = left
+        heapq.heapify(self._queue)
+        return task
 
     def queued(self) -> int:
         with self._changed:
@@ -231,7 +250,7 @@ class _Crew:
             return self._busy_until(now) / passed if self._first and passed > 0 else 0.0
 
     def _busy_until(self, now: float) -> float:
-        return self._busy_s + sum(now - worker.began for worker in self._workers if worker.task is not None)
+        return self._busy_s + sum(max(0.0, now - worker.began) for worker in self._workers if worker.task is not None)
 
     def close(self, seconds: float) -> None:
         with self._changed:
@@ -246,7 +265,7 @@ class _Crew:
 
     def reborn(self) -> _Crew:
         """A crew without threads that has everything unfinished in its queue."""
-        crew = _Crew(self._threads, self._cores)
+        crew = _Crew(self._threads, self._cores, self._set_up)
         unfinished = [worker.task for worker in self._workers if worker.task is not None]
         crew._queue = [*self._queue, *((task.urgency, -1 - i, task) for i, task in enumerate(unfinished))]
         heapq.heapify(crew._queue)
@@ -261,13 +280,20 @@ class _Crew:
 
     def _work(self, worker: _Worker) -> None:
         torch.set_num_threads(1)  # holds for this thread alone
+        self._set_up()
         if self._cores and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(threading.get_native_id(), self._cores)
+            try:
+                os.sched_setaffinity(threading.get_native_id(), self._cores)
+            except OSError as error:  # they were there when the plan was made
+                logger.warning("a root thread can't be pinned to the cores %s: %s", self._cores, error)
         while (task := self._next(worker)) is not None:
+            task.await_input()
+            with self._changed:
+                worker.began = time.monotonic()
             outcome = task.attempt()
             with self._changed:
                 self._busy_s += time.monotonic() - worker.began
-                worker.task = None
+                worker.task, worker.began = None, math.inf
                 if not worker.dismissed:
                     task.finish(outcome)
                     self._changed.notify_all()
@@ -279,7 +305,6 @@ class _Crew:
             if self._closing or worker.dismissed:
                 return None
             _, _, worker.task = heapq.heappop(self._queue)
-            worker.began = time.monotonic()
             return worker.task
 
 

@@ -38,12 +38,13 @@ class RootService:
         self._executor: Executor = InlineExecutor()
         if config.root_overlap:
             training = torch.get_num_threads() if device.type == "cpu" else 1
-            cores = None if config.root_cores == "auto" else config.root_cores
+            wanted = None if config.root_cores == "auto" else config.root_cores
             try:
-                self._plan = plan_cores(this_machine(training), config.root_threads, cores)
+                self._plan = plan_cores(this_machine(training), config.root_threads, wanted)
             except ValueError as error:
                 raise SettingsError(f"Shampoo setting {error}") from None
-            self._pool = ThreadPool(self._plan.threads, self._plan.cores, config.root_timeout)
+            threads, cores = self._plan.threads, self._plan.cores
+            self._pool = ThreadPool(threads, cores, config.root_timeout, self.transfers.bind_thread)
             self._executor = self._pool
 
     def delay(self, settings: GroupSettings) -> int:
@@ -59,7 +60,7 @@ class RootService:
 
     def submit(self, label: str, job: RootJob, delay: int) -> Task[RootAnswer]:
         """Begins a job that is due in `delay` steps; the earliest due and among them the largest go first."""
-        task = Task(label, (self._step + delay, -job.order), partial(job.solve, self.transfers))
+        task = Task(label, (self._step + delay, -job.order), partial(job.solve, self.transfers), job.snapshot.wait)
         self._executor.submit(task)
         return task
 

@@ -64,8 +64,9 @@ class Transfers:
         self._side.wait_stream(self._module.current_stream(self._side.device))
         with self._module.stream(self._side):
             buffer.copy_(source, non_blocking=True)
-            event = self._module.Event()
+            event = self._event()
             event.record(self._side)
+        source.record_stream(self._side)
         return HostCopy(buffer, event)
 
     def fence(self) -> None:
@@ -84,7 +85,7 @@ class Transfers:
         target.copy_(result.tensor, non_blocking=True)
         event = None
         if self._module is not None:
-            event = self._module.Event()
+            event = self._event()
             event.record(self._module.current_stream(target.device))
         self._results[_kind(result.tensor)].append(HostCopy(result.tensor, event))
 
@@ -96,6 +97,15 @@ class Transfers:
         """Gives up the buffer of a snapshot that a lost thread may still read."""
         with self._counting:
             self.bytes -= snapshot.tensor.nbytes
+
+    def bind_thread(self) -> None:
+        """Has the calling thread mean this device: a worker that waits for it must not open another."""
+        if self._side is not None:
+            self._module.set_device(self._side.device)
+
+    def _event(self) -> Any:
+        """One at which a host thread sleeps until the device is there; CUDA's would have it spin."""
+        return self._module.Event(blocking=True) if self._side.device.type == "cuda" else self._module.Event()
 
     def _buffer(self, free: dict[_Kind, list[HostCopy]], kind: _Kind) -> Tensor:
         try:

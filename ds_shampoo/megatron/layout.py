@@ -11,11 +11,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from torch import Tensor
 
-from ds_shampoo.algorithm.blocks import Block, Section
+from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.megatron.names import Place
 from ds_shampoo.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.order import union_over_ranks
+from ds_shampoo.sharding.order import Rounds, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
 
 
@@ -83,8 +83,8 @@ class MegatronLayout:
         rank, world_size = dist.get_rank(self.slices), dist.get_world_size(self.slices)
         return sections(place.chunk, place.local_name, parameter, rank, world_size)
 
-    def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
-        return union_over_ranks(blocks)
+    def everyones(self, rounds: Rounds) -> Rounds:
+        return union_over_ranks(rounds)
 
     def parts(self, index: int) -> None:
         return None

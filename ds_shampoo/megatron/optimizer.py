@@ -14,13 +14,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from ds_shampoo.config import ShampooConfig
+from ds_shampoo.host.schedule import stagger
 from ds_shampoo.megatron.checkpoint import WithBlocks
 from ds_shampoo.megatron.inner import InnerShampoo, named, prepare
 from ds_shampoo.megatron.layout import MegatronLayout, runs_of
 from ds_shampoo.megatron.names import Place, places
 from ds_shampoo.megatron.support import checked, refuse_unsupported
-from ds_shampoo.optimizer import share_places
-from ds_shampoo.sharding.order import names_over_ranks
+from ds_shampoo.optimizer import Shampoo
+from ds_shampoo.sharding.order import by_name, names_over_ranks
 
 
 class ShampooChainedOptimizer(WithBlocks, ChainedOptimizer):  # type: ignore[misc]
@@ -78,10 +79,22 @@ def get_megatron_shampoo_optimizer(
         if not wrapper.is_stub_optimizer:
             _put_in_place(wrapper, model_chunks, members, found, groups, shampoo)
     inner = list(whole.inner())
-    share_places(inner, names_over_ranks([place.name for place in found.values()]))
+    _share_places(inner, names_over_ranks([place.name for place in found.values()]))
     for optimizer in inner:
         optimizer.prepare()
     return whole
+
+
+def _share_places(optimizers: Sequence[Shampoo], names: Sequence[str]) -> None:
+    """Spreads the boundaries of several optimizers' blocks as if one had them all, before they step.
+
+    Args:
+        names: those of all parameters, in the model's order.
+    """
+    blocks = by_name({block for optimizer in optimizers for block in optimizer.places}, names)
+    places = dict(zip(blocks, stagger(blocks, 0), strict=True))
+    for optimizer in optimizers:
+        optimizer.places = places
 
 
 def _put_in_place(

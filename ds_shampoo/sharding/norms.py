@@ -32,7 +32,8 @@ class PieceNorms:
             ordinals = self._ordinals
             if len(present) < len(self._pieces):
                 ordinals = ordinals[torch.tensor(present).to(self._device, non_blocking=True)]
-            total.index_add_(0, ordinals, norms.square())
+            # In one order on an accelerator too, where index_add_ leaves that to chance.
+            total.index_put_((ordinals,), norms.square(), accumulate=True)
         return total
 
 

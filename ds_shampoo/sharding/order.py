@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 
 from ds_shampoo.algorithm.blocks import Block
+
+# Blocks whose boundaries are spread together, by what tells one such round from another.
+Rounds: TypeAlias = Mapping[Hashable, Sequence[Block]]
 
 # An expert's parameter, as deepspeed.moe and Megatron's SequentialMLP name it.
 EXPERT = re.compile(r"(?P<before>.*(?:deepspeed|local)_experts\.)(?P<number>\d+)(?P<after>\..*)")
@@ -40,10 +43,19 @@ def names_over_ranks(names: Sequence[str]) -> list[str]:
     return model_order(name for rank in _gathered(names) for name in rank)
 
 
-def union_over_ranks(blocks: Sequence[Block]) -> list[Block]:
-    """The blocks of all ranks of the job, each once, from this rank's in the order of its part of the model."""
-    union = {str(block): block for rank in _gathered(blocks) for block in rank}
-    return by_name(union.values(), model_order(block.parameter for block in union.values()))
+def union_over_ranks(rounds: Rounds) -> Rounds:
+    """The blocks of all ranks of the job, each once, from this rank's in the order of its part of the model.
+
+    Ranks may have different rounds, and take part all the same.
+    """
+    union: dict[Hashable, dict[str, Block]] = {}
+    for rank in _gathered(list(rounds.items())):
+        for key, blocks in rank:
+            union.setdefault(key, {}).update((str(block), block) for block in blocks)
+    return {
+        key: by_name(found.values(), model_order(block.parameter for block in found.values()))
+        for key, found in union.items()
+    }
 
 
 def by_name(blocks: Iterable[Block], names: Sequence[str]) -> list[Block]:

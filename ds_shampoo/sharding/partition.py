@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_shampoo.algorithm.blocks import Block, Section
+from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.sharding.fragments import Fragment
+from ds_shampoo.sharding.order import Rounds
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,15 @@ class Layout(Protocol):
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
         """The sections of a matrix of which this rank may hold a slice only; None for what every rank has whole."""
 
-    def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
-        """This rank's blocks of a param group together with those that other ranks have, in the model's order."""
+    def everyones(self, rounds: Rounds) -> Rounds:
+        """This rank's blocks together with those that other ranks have, in the model's order; all ranks ask at once."""
 
     def parts(self, index: int) -> Sequence[Tensor] | None:
-        """The tensors that stand for param group `index`, each stepped by itself; None where it is stepped whole."""
+        """The tensors that stand for a param group, each stepped by itself; None where it is stepped whole.
+
+        Args:
+            index: the group's, among those that have parameters.
+        """
 
     def absent(self, tensor: Tensor) -> bool:
         """Whether a tensor that is stepped has been moved out of memory until its step."""
@@ -116,8 +121,8 @@ class WholeLayout:
     def sections(self, name: str, parameter: Tensor) -> None:
         return None
 
-    def everyones(self, blocks: Sequence[Block]) -> Sequence[Block]:
-        return blocks
+    def everyones(self, rounds: Rounds) -> Rounds:
+        return rounds
 
     def parts(self, index: int) -> None:
         return None

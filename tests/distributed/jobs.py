@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,11 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
         {"params": wide, "lr": 1e-3, "block_size": 40, "statistics_beta": 0.9},
         {"params": rest, "weight_decay": 0.0},
     ]
+
+
+def an_empty_group_first(model: nn.Module) -> list[dict[str, Any]]:
+    """Groups as a trainer makes them that splits parameters by what a model may have none of."""
+    return [{"params": []}, *decay_groups(model)]
 
 
 def engine_config(
@@ -375,6 +381,24 @@ def saving_again(
         engine.load_checkpoint(folder)
         train(engine, first, steps - first)
         engine.save_checkpoint(folder)
+
+
+def failing_to_save(config: dict[str, Any], folder: str, tag: str) -> str:
+    """The message with which saving over a checkpoint fails where the last rank may write small files only."""
+    import deepspeed.comm as dist
+
+    with engine_of(config) as engine:
+        train(engine, 0, 2)
+        usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, usual[1]))
+        try:
+            engine.save_checkpoint(folder, tag)
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        return ""
 
 
 def failing_to_load(

@@ -200,9 +200,35 @@ def test_from_adamw_and_back(pools: Pools, tmp_path: Path) -> None:
     assert all(trace.extra["in_force"] == 0 for trace in traces)
     assert traces[0].losses[-1] < traces[0].losses[0]
     assert traces[0].metrics["preconditioned_blocks"] > 0
+    pools(2).run(jobs.saving_again, shampoo, str(tmp_path / "adamw"), 4, 12)
+    assert pools(2).run(jobs.loading, shampoo, str(tmp_path / "adamw"), 12, STEPS)[0].extra["in_force"] > 0
     pools(2).run(jobs.saving, shampoo, str(tmp_path / "shampoo"), 4, 4)
     losses = pools(2).run(jobs.plain_loading, adamw, str(tmp_path / "shampoo"), 4, STEPS)[0]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_group_without_parameters_changes_nothing(pools: Pools, tmp_path: Path, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2)
+    straight = pools(2).run(jobs.saving, config, str(tmp_path), SAVE_AT, STEPS, jobs.an_empty_group_first)
+    resumed = pools(2).run(jobs.loading, config, str(tmp_path), SAVE_AT, STEPS, jobs.an_empty_group_first)
+    for before, after in zip(straight, resumed, strict=True):
+        assert np.array_equal(before.end, after.end)
+    assert sum(trace.extra["in_force"] for trace in resumed) > 0
+    index = json.loads((blocks_folder(tmp_path) / "index.json").read_text())
+    assert sum(len(entry["blocks"]) for entry in index["files"]) > 0
+
+
+def test_a_rank_that_can_not_write_stops_all_and_the_former_checkpoint_stays(
+    pools: Pools, saved: tuple[Path, Trace], tmp_path: Path
+) -> None:
+    folder, straight = shutil.copytree(saved[0], tmp_path / "job"), saved[1]
+    config = engine_config(SHAMPOO, 2, 2)
+    for message in pools(2).run(jobs.failing_to_save, config, str(folder), f"global_step{SAVE_AT}"):
+        assert message.startswith("rank 1: ")
+        assert "File too large" in message
+    resumed = pools(2).run(jobs.loading, config, str(folder), SAVE_AT, STEPS)[0]
+    assert np.array_equal(resumed.end, straight.end)
 
 
 def test_between_micro_batches_saving_is_refused(pools: Pools, tmp_path: Path) -> None:

@@ -23,8 +23,13 @@ def pool() -> Iterator[ThreadPool]:
     pool.close()
 
 
-def task(solve: Callable[[], object], *urgency: int, label: str = "block w[0]") -> Task[object]:
-    return Task(label, urgency, solve)
+def task(
+    solve: Callable[[], object],
+    *urgency: int,
+    label: str = "block w[0]",
+    await_input: Callable[[], object] = lambda: None,
+) -> Task[object]:
+    return Task(label, urgency, solve, await_input)
 
 
 def solved(pool: ThreadPool, task: Task[object]) -> object:
@@ -130,6 +135,42 @@ def test_a_hung_worker_is_replaced_and_what_it_says_later_is_ignored(root_thread
     assert lost.answer() == "again"
     pool.close()
     assert root_threads() == 0
+
+
+def test_waiting_for_the_input_is_neither_work_nor_a_hang() -> None:
+    pool, gate = ThreadPool(1, (), 0.1), threading.Event()
+    late = task(lambda: 1, await_input=gate.wait)
+    pool.submit(late)
+    opener = threading.Timer(0.5, gate.set)
+    opener.start()
+    assert solved(pool, late) == 1
+    assert pool.lost == 0
+    assert pool.busy_s() < 0.1
+    pool.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_threads_that_die_before_they_have_a_task_hold_nobody_up() -> None:
+    def fails() -> None:
+        raise RuntimeError("no such device")
+
+    pool = ThreadPool(2, (), LONG, fails)
+    for number in range(2):
+        never = task(lambda number=number: number)
+        pool.submit(never)
+        assert solved(pool, never) == number
+    assert pool.lost == 2
+    pool.close()
+
+
+def test_cores_that_went_away_are_done_without(caplog: pytest.LogCaptureFixture) -> None:
+    pool = ThreadPool(1, (2**15,), LONG)
+    item = task(lambda: 1)
+    pool.submit(item)
+    assert solved(pool, item) == 1
+    assert pool.lost == 0
+    assert "can't be pinned to the cores (32768,)" in caplog.text
+    pool.close()
 
 
 def test_threads_are_pinned_and_single_and_leave_others_alone() -> None:

@@ -190,6 +190,24 @@ def test_relative_move_is_blind_to_scale() -> None:
     assert scale == pytest.approx(1.0)
 
 
+def test_what_is_zero_or_not_finite_has_moved_far() -> None:
+    tiny = torch.full((3, 3), 1e-30)  # its squares underflow in fp32
+    assert relative_move(tiny, 2 * tiny) == (0.0, pytest.approx(2.0))
+    assert relative_move(tiny, torch.full((3, 3), 1e30))[0] == pytest.approx(0.0, abs=1e-6)
+    for odd in (torch.zeros(3, 3), torch.full((3, 3), math.inf), torch.full((3, 3), math.nan)):
+        assert relative_move(odd, tiny) == relative_move(tiny, odd) == (math.inf, 1.0)
+
+
+def test_a_root_that_overflows_is_rejected(caplog: pytest.LogCaptureFixture) -> None:
+    stack, keeper, counts = make()
+    stack.update(1e-18 * grads(0), [0], BETA)
+    with caplog.at_level(logging.WARNING, "ds_shampoo"):
+        keeper.advance([1], settings(inverse_exponent_override=1))
+    assert (counts.updates, counts.rejected) == (1, 1)  # the factor of four rows has rank 3
+    assert not stack.ready[0]
+    assert "the root overflows torch.float32" in caplog.text
+
+
 def test_roots_of_another_order_are_dropped_and_the_statistics_kept() -> None:
     stack, keeper, _ = make()
     stack.update(grads(0), [0], BETA)
