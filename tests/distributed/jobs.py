@@ -125,6 +125,13 @@ def an_empty_group_first(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": []}, *decay_groups(model)]
 
 
+def a_frozen_group(model: nn.Module) -> list[dict[str, Any]]:
+    """A group of which nothing is trained beside the usual ones."""
+    first, *others = decay_groups(model)
+    frozen = [p.requires_grad_(False) for p in first["params"][:2]]
+    return [{"params": frozen}, {**first, "params": first["params"][2:]}, *others]
+
+
 def engine_config(
     settings: dict[str, Any],
     stage: int,

@@ -135,6 +135,17 @@ def test_one_rank_resumes_at_stage_0(pools: Pools, tmp_path: Path) -> None:
     assert same_state
 
 
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 0), ("fp32", 3), ("bf16", 3)])
+def test_a_frozen_group(pools: Pools, tmp_path: Path, precision: str, stage: int) -> None:
+    config = engine_config(SHAMPOO, stage, 2, precision=precision)
+    straight = pools(2).run(jobs.saving, config, str(tmp_path), 6, 12, jobs.a_frozen_group)
+    assert all(trace.metrics["statistics_ms"] > 0 for trace in straight)  # the step is known to be over
+    resumed = pools(2).run(jobs.loading, config, str(tmp_path), 6, 12, jobs.a_frozen_group)
+    for before, after in zip(straight, resumed, strict=True):
+        assert np.array_equal(before.end, after.end)
+    assert sum(trace.extra["in_force"] for trace in resumed) > 0
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("matrices", [0, 1, 2])
 def test_fewer_blocks_than_ranks(pools: Pools, stage: int, matrices: int) -> None:
