@@ -111,9 +111,14 @@ def run_job(job: Job, runs: Path, cores: frozenset[int]) -> Result:
 
 
 def present_commit() -> str | None:
-    """The state of the code: git's name of it, "-dirty" where files differ from that; None outside of a repository."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    """The state of the code: git's name of it, "-dirty" where code differs from that; None outside of a repository."""
+    name = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    return f"{name}-dirty" if name and changed else name or None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def effective_config(job: Job) -> dict[str, Any]:
