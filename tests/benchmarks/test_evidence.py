@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,24 @@ def test_a_job_that_is_done_is_read_and_keeps_the_name_of_its_code(
         assert bool(said) == bool(printed)
     jobs.run_job(FULL.trial(replace(STUDY, ranks=2), FIRST, 1.0), tmp_path, frozenset({0}))
     assert len(launched) == 2
+
+
+def test_the_state_of_the_code_is_told_by_code_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    assert jobs.present_commit() is None
+    for name in ("launch/train.py", "docs/results.md"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("first")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    name = jobs.present_commit()
+    assert name and not name.endswith("-dirty")
+    (tmp_path / "docs/results.md").write_text("second")
+    (tmp_path / "log.txt").write_text("new")
+    assert jobs.present_commit() == name
+    (tmp_path / "launch/train.py").write_text("second")
+    assert jobs.present_commit() == f"{name}-dirty"
 
 
 SMALL_BUT_LONG = type(FULL)("made", (0,), grid=False, small=False)
