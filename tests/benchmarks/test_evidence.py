@@ -237,7 +237,8 @@ def test_the_state_of_the_code_is_told_by_code_alone(monkeypatch: pytest.MonkeyP
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *command], cwd=tmp_path, check=True)
     name = jobs.present_commit()
-    assert name and not name.endswith("-dirty")
+    assert name is not None
+    assert not name.endswith("-dirty")
     (tmp_path / "docs/results.md").write_text("second")
     (tmp_path / "log.txt").write_text("new")
     assert jobs.present_commit() == name
