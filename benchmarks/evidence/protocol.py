@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# A validation costs as much as many steps; a small run's curve needs a few of them.
+_SMALL_EVALUATIONS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Contender:
@@ -94,7 +97,7 @@ class Protocol:
         seeds: of weights and batches; the first is the one that learning rates are chosen with.
         grid: whether learning rates are chosen from each contender's grid, which grows until the best has neighbours
             on both sides, or are the middle of it.
-        small: whether runs are as short as the study's small ones.
+        small: whether runs are as short as the study's small ones, and validated as rarely as that allows.
     """
 
     name: str
@@ -128,8 +131,8 @@ class Protocol:
 
     def job(self, study: Study, contender: Contender, lr: float, seed: int) -> Job:
         """One run of the study's program."""
-        steps = self.steps(study)
-        return Job(study, contender, lr, seed, round(contender.horizon * steps), max(1, steps // study.evaluations))
+        steps, evaluations = self.steps(study), _SMALL_EVALUATIONS if self.small else study.evaluations
+        return Job(study, contender, lr, seed, round(contender.horizon * steps), max(1, steps // evaluations))
 
 
 SMALL = Protocol("small", (0,), grid=False, small=True)

@@ -162,7 +162,7 @@ def test_the_full_protocol_searches_every_grid_and_runs_every_seed() -> None:
     assert {(job.contender.name, job.lr, job.schedule) for job in final} == {
         ("AdamW", 2.0, 100), ("Shampoo", 4.0, 50),
     }  # fmt: skip
-    assert {job.schedule for job in SMALL.search(STUDY)} == {20, 10}
+    assert {(job.schedule, job.eval_interval) for job in SMALL.search(STUDY)} == {(20, 2), (10, 2)}
 
 
 def test_a_report_says_what_was_run(tmp_path: Path) -> None:
