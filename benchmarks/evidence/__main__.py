@@ -37,7 +37,7 @@ def main() -> None:
                 kept = read(study, protocol, results) if args.missing and results.exists() else None
                 write(carry_out(study, protocol, runs, args.cores, kept), output)
             elif results.exists():
-                write(read(study, protocol, results), output)
+                write(read(study, protocol, results).complete(), output)
         except (JobError, ValueError) as error:
             sys.exit(f"evidence: error: {error}")
 
@@ -48,14 +48,7 @@ def read(study: Study, protocol: Protocol, results: Path) -> Outcome:
 
 
 def write(outcome: Outcome, folder: Path) -> None:
-    """A study's numbers, table and curves, and the table of all studies.
-
-    Raises:
-        ValueError: if some contender was not run.
-    """
-    if outcome.lacking:
-        names = ", ".join(contender.name for contender in outcome.lacking)
-        raise ValueError(f"{outcome.study.name}: its results lack {names}: run them with --missing")
+    """A study's numbers, table and curves, and the table of all studies."""
     name, table = outcome.study.name, to_markdown(outcome)
     (folder / f"{name}.json").write_text(json.dumps(to_json(outcome), indent=1) + "\n")
     (folder / f"{name}.md").write_text(table)

@@ -35,6 +35,15 @@ class Outcome:
         """The study's contenders that were not run."""
         return tuple(contender for contender in self.study.contenders if contender.name not in self.chosen)
 
+    def complete(self) -> Outcome:
+        """The outcome of a study of those contenders alone that were run; says which were not."""
+        if not self.lacking:
+            return self
+        names = ", ".join(contender.name for contender in self.lacking)
+        print(f"{self.study.name}: its results lack {names}, which --missing runs", flush=True)
+        present = tuple(contender for contender in self.study.contenders if contender not in self.lacking)
+        return replace(self, study=replace(self.study, contenders=present))
+
     def of(self, contender: Contender) -> list[Result]:
         """A contender's runs, one for each seed."""
         return [run for run in self.runs if run.job.contender == contender]
