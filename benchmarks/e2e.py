@@ -52,7 +52,7 @@ def main() -> None:
         tried = choose_from(study, protocol, args.runs, args.cores)
     except JobError as error:
         sys.exit(f"e2e: error: {error}")
-    results = [result for contender in study.contenders for result in tried[contender.name]]
+    results = [result for runs in tried.values() for result in runs]
     print(results_table(results))
     adamw, *others = map(best_run, tried.values())
     figures = [compare([run], [adamw]) for run in others]
