@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -180,9 +181,32 @@ def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupS
     return settings
 
 
-def group_settings(group: Mapping[str, Any]) -> GroupSettings:
-    """The present settings of a checked param group, which a scheduler may have changed since; not checked again."""
-    return GroupSettings.model_construct(**{key: group[key] for key in GroupSettings.model_fields})
+def present_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The present values of a checked param group's settings, which a scheduler may have changed since.
+
+    Numbers of other kinds, such as NumPy's or a tensor of one element, become Python's.
+    """
+    return {key: _plain(group[key]) for key in GroupSettings.model_fields}
+
+
+def checked_settings(present: Mapping[str, Any]) -> GroupSettings:
+    """What `present_settings` gave, looked at anew.
+
+    Raises:
+        SettingsError: for a value of a wrong type or out of range, or a combination that is not available.
+    """
+    settings = _validate(GroupSettings, present)
+    check_rescaling(settings)
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    scalar = isinstance(value, numbers.Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    return float(value) if scalar else value
 
 
 def _validate(model: type[_Settings], settings: Mapping[str, Any]) -> _Settings:

@@ -25,6 +25,8 @@ _TOGETHER = 4 * 1024 * 1024
 # Elements of fp32 in a cache line.
 _ALIGNMENT = 16
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def new_state(param: Tensor) -> dict[str, Any]:
     """Adam's names, so that DeepSpeed's checkpoint and fragment interfaces find what they expect; all fp32."""
@@ -42,7 +44,7 @@ class StepMemory:
     """
 
     def __init__(self) -> None:
-        self._flat = torch.empty(0)
+        self._flat = torch.empty(0, dtype=torch.float32, device="cpu")
         self._used = 0
 
     @property
@@ -52,7 +54,7 @@ class StepMemory:
     def restart(self) -> None:
         """What was given out is free again; there is room for as much as was asked for at most."""
         if self._used > self._flat.numel():
-            self._flat = torch.empty(self._used)
+            self._flat = torch.empty(self._used, dtype=torch.float32, device="cpu")
         self._used = 0
 
     def empty_like(self, tensor: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class StepMemory:
         return (
             self._flat[begin : begin + tensor.numel()]
             if self._used <= self._flat.numel()
-            else tensor.new_empty(tensor.shape)
+            else torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
         )
 
 
@@ -81,11 +83,8 @@ class TensorStep:
     def __init__(
         self, param: Tensor, grad: Tensor, state: dict[str, Any], settings: GroupSettings, memory: StepMemory
     ) -> None:
-        if grad.is_sparse:
-            raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
-        self.param = param
-        state["step"] += 1
-        self.step = int(state["step"])  # a tensor on the host where a framework keeps it as torch's Adam does
+        self.param, self._state = param, state
+        self.step = int(state["step"]) + 1  # a tensor on the host where a framework keeps it as torch's Adam does
         self.exp_avg: Tensor = state["exp_avg"].view(-1)
         self.exp_avg_sq: Tensor = state["exp_avg_sq"].view(-1)
         self.grad = grad.reshape(-1).to(torch.float32)
@@ -93,6 +92,10 @@ class TensorStep:
             self.grad = self.grad.add(param.reshape(-1), alpha=settings.weight_decay)
         self.vector = memory.empty_like(self.grad) if settings.momentum == "before" else self.grad
         self.update = memory.empty_like(self.grad)
+
+    def count(self) -> None:
+        """Counts the step in the tensor's state."""
+        self._state["step"] += 1
 
 
 class ElementwiseStep:

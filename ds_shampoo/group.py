@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,19 +24,15 @@ from ds_shampoo.sharding.table import BlockTable
 from ds_shampoo.stopwatch import Stopwatch
 
 
-class Unit(NamedTuple):
-    """What is stepped together, with the settings and the elementwise state that its tensors have at present."""
-
-    sharded: ShardedGroup
-    settings: GroupSettings
-    states: Sequence[dict[str, Any]]
-
-
 class ShardedGroup:
     """What is stepped together, the blocks of it that this rank owns, and how both meet.
 
+    A step is `prepare`, which may wait and fail and changes nothing that counts, and `step`.
+
     Attributes:
         table: the blocks and their owners.
+        settings: those that the blocks were built with.
+        device: where blocks are kept and preconditioned.
         stacks: this rank's blocks, stacked by shape.
         counts: what became of their roots.
         exchange_bytes: what this rank sent in the last step.
@@ -60,7 +56,8 @@ class ShardedGroup:
             memory: for the vectors of a step; all groups', since they step one after another.
             places: every block's, in `stagger`'s order.
         """
-        self.table, self._device, self._stopwatch, self._memory = table, device, stopwatch, memory
+        self.table, self.settings, self.device = table, settings, device
+        self._stopwatch, self._memory = stopwatch, memory
         partition, blocks, owners = table.partition, table.blocks, table.owners
         self._ordinals = table.owned()
         self._rows = [torch.tensor(ordinals, device=device) for ordinals in self._ordinals]
@@ -82,36 +79,94 @@ class ShardedGroup:
         if grafting.is_normalized(settings.grafting):
             self._scaler = SegmentScaler(blocks, table.pieces, owners, table.whole, partition, device)
         self._buffers = {f.parameter: f.buffer for f in partition.fragments if f.rank == partition.rank}
+        self._slots_by_parameter: dict[str, list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]] = {}
+        for slot in self.slots():
+            self._slots_by_parameter.setdefault(slot[0].parameter, []).append(slot)
         self._kept: tuple[list[Tensor], list[Tensor]] | None = None
         self.exchange_bytes = 0
         self.last_step = 0
 
-    def step(self, held: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings) -> None:
-        """One step of docs/algorithm.md.
+    def prepare(self, held: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings) -> None:
+        """Waits for what the step to come needs, and fails where that would; to be called again after a failure.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+            WorkerError: naming the block, where its root can't be computed.
+        """
+        for param in held:
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
+        steps = [self._step_to_come(param, state) for param, state in zip(held, states, strict=True)]
+        if self.plan.moves or any(steps):
+            for keeper, clock in zip(self._keepers, self._clocks(steps, self.last_step + 1), strict=True):
+                keeper.prepare(clock, settings)
+
+    def wait_for_roots(self, settings: GroupSettings) -> None:
+        """Waits for all that the next step may need.
+
+        Raises:
+            WorkerError: naming the block, where its root can't be computed.
+        """
+        for stack, keeper in zip(self.stacks, self._keepers, strict=True):
+            keeper.prepare([self.last_step + 1] * len(stack.blocks), settings)
+
+    def step(
+        self,
+        held: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        settings: GroupSettings,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        """One step of docs/algorithm.md, after `prepare`.
 
         Args:
             held: the tensors that stand in the group now: whole parameters, or flat fp32 shards; none where other
                 ranks hold all of it.
             states: their elementwise state (`new_state`), updated in place.
+            begin: called before anything is changed, and after all memory that grows with the model is there.
         """
         self._memory.restart()
-        tensors: list[TensorStep | None] = []
-        for param, state in zip(held, states, strict=True):
-            grad = param.grad
-            if grad is None and self.plan.moves and param.requires_grad:  # others wait for this rank's pieces
-                grad = torch.zeros_like(param)
-            tensors.append(None if grad is None else TensorStep(param, grad, state, settings, self._memory))
+        tensors = [
+            self._tensor_step(param, state, settings) if self._step_to_come(param, state) else None
+            for param, state in zip(held, states, strict=True)
+        ]
         present = [tensor for tensor in tensors if tensor is not None]
         if not present and not self.plan.moves:
             return
+        blank = [torch.zeros(0, dtype=torch.float32, device=self.device)] * len(held)
+        if self.plan.moves and len(present) < len(held):  # frozen: others expect its pieces, and pass them over
+            blank = [torch.zeros(param.numel(), dtype=torch.float32, device=self.device) for param in held]
+        elementwise, workspace = ElementwiseStep(present, settings), self._workspace() if self.table.blocks else None
+        begin()
+        for tensor in present:
+            tensor.count()
         self.last_step = max((tensor.step for tensor in present), default=self.last_step + 1)
-        elementwise = ElementwiseStep(present, settings)
         with self._stopwatch.phase("elementwise"):
-            self._filter_and_graft(elementwise, tensors)
-        if self.table.blocks:
-            self._precondition(tensors, settings)
+            self._filter_and_graft(elementwise, tensors, blank)
+        if workspace is not None:
+            self._precondition(tensors, blank, workspace, settings)
         with self._stopwatch.phase("elementwise"):
             elementwise.finish()
+
+    def take_over(self, other: ShardedGroup, settings: GroupSettings) -> None:
+        """Goes on with the blocks of a group of the same table on another device."""
+        self.counts, self.last_step = other.counts, other.last_step
+        if other.device.type != "meta":
+            for (_, stack, keeper, slot), (_, old, olds_keeper, _) in zip(self.slots(), other.slots(), strict=True):
+                stack.load_block_state(slot, old.block_state(slot))
+                keeper.load_block_state(slot, olds_keeper.block_state(slot), settings)
+
+    def let_go(self) -> None:
+        """Gives back what jobs under way hold; the blocks are of no more use."""
+        for keeper in self._keepers:
+            keeper.let_go()
+
+    def restart(self, parameters: Collection[str]) -> None:
+        """Has all blocks of these parameters begin anew, without statistics and roots."""
+        for stack, keeper in zip(self.stacks, self._keepers, strict=True):
+            slots = [slot for slot, block in enumerate(stack.blocks) if block.parameter in parameters]
+            if slots:
+                keeper.restart(slots)
 
     @property
     def workspace_bytes(self) -> int:
@@ -124,6 +179,10 @@ class ShardedGroup:
             return {name: states[0] for name, (_, reason) in self.table.blocked.items() if reason != "not trained"}
         return {name: states[buffer] for name, buffer in self._buffers.items()}
 
+    def slots_of(self, parameter: str) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
+        """As `slots`, of one parameter."""
+        return self._slots_by_parameter.get(parameter, [])
+
     def slots(self) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
         """Every owned block with the stack, the root keeper and the slot that hold its state."""
         return [
@@ -132,30 +191,50 @@ class ShardedGroup:
             for slot, block in enumerate(stack.blocks)
         ]
 
-    def _filter_and_graft(self, elementwise: ElementwiseStep, tensors: Sequence[TensorStep | None]) -> None:
+    def _step_to_come(self, param: Tensor, state: Mapping[str, Any]) -> int:
+        """The step count that a tensor will have after this step; 0 where it takes no part in it.
+
+        One that is trained takes part without a gradient too, as if it were zero, where others wait for its pieces.
+        """
+        takes_part = param.grad is not None or (self.plan.moves and param.requires_grad)
+        return int(state["step"]) + 1 if takes_part else 0
+
+    def _tensor_step(self, param: Tensor, state: dict[str, Any], settings: GroupSettings) -> TensorStep:
+        grad = param.grad if param.grad is not None else torch.zeros_like(param)
+        return TensorStep(param, grad, state, settings, self._memory)
+
+    def _filter_and_graft(
+        self, elementwise: ElementwiseStep, tensors: Sequence[TensorStep | None], blank: Sequence[Tensor]
+    ) -> None:
         if self._scaler is None:
             elementwise.filter_and_graft()
         else:
             elementwise.filter()
-            grads = self._scaler.normalized(self._staged(tensors, "grad"))
-            vectors = self._scaler.normalized(self._staged(tensors, "vector"))
+            grads = self._scaler.normalized(self._staged(tensors, blank, "grad"))
+            vectors = self._scaler.normalized(self._staged(tensors, blank, "vector"))
             elementwise.graft(_returned(grads, tensors), _returned(vectors, tensors))
 
-    def _precondition(self, tensors: Sequence[TensorStep | None], settings: GroupSettings) -> None:
+    def _precondition(
+        self,
+        tensors: Sequence[TensorStep | None],
+        blank: Sequence[Tensor],
+        workspace: tuple[list[Tensor], list[Tensor]],
+        settings: GroupSettings,
+    ) -> None:
         """Statistics, then roots that are begun or due, then the directions of the blocks whose roots are in force."""
         schedule = RootSchedule.of(settings)
         steps = {tensor.step for tensor in tensors if tensor is not None} or {self.last_step}
-        gathered, scratch = self._workspace()
+        gathered, scratch = workspace
         self.exchange_bytes = 0
         grads, vectors = None, None
         # Both leave at once, so that the second travels while the statistics take in the first.
         if any(schedule.statistics_due(step) for step in steps):
-            grads = self._gather(tensors, "grad")
+            grads = self._gather(self._staged(tensors, blank, "grad"))
         if any(schedule.preconditions(step) for step in steps):
-            vectors = self._gather(tensors, "vector")
+            vectors = self._gather(self._staged(tensors, blank, "vector"))
         self._arrive(grads, gathered)
-        for stack, keeper, stacked in zip(self.stacks, self._keepers, gathered, strict=True):
-            clock = [self._step_of(block, tensors) for block in stack.blocks]
+        clocks = self._clocks([0 if tensor is None else tensor.step for tensor in tensors], self.last_step)
+        for stack, keeper, stacked, clock in zip(self.stacks, self._keepers, gathered, clocks, strict=True):
             due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
             with self._stopwatch.phase("statistics"), matmul_precision(settings.matmul_precision):
                 stack.update(stacked, due, settings.statistics_beta)
@@ -163,24 +242,37 @@ class ShardedGroup:
                 keeper.advance(clock, settings)
         if vectors is not None:
             self._arrive(vectors, gathered)
-            updates = self._staged(tensors, "update")
+            updates = self._staged(tensors, blank, "update")
             self._write_directions(gathered, scratch, updates, settings)
             with self._stopwatch.phase("exchange"):
                 _unstage(updates, tensors)
 
     def _staged(
-        self, tensors: Sequence[TensorStep | None], name: Literal["grad", "vector", "update"]
+        self,
+        tensors: Sequence[TensorStep | None],
+        blank: Sequence[Tensor],
+        name: Literal["grad", "vector", "update"],
     ) -> list[Tensor | None]:
-        """A vector of every tensor, on the device of the blocks; whole, since many small copies would be slow."""
-        return [None if tensor is None else self._stage(getattr(tensor, name)) for tensor in tensors]
+        """A vector of every tensor, on the device of the blocks; whole, since many small copies would be slow.
+
+        Args:
+            blank: what stands for a tensor that takes no part, where others expect its pieces.
+        """
+        return [
+            (own if self.plan.moves else None) if tensor is None else self._stage(getattr(tensor, name))
+            for tensor, own in zip(tensors, blank, strict=True)
+        ]
 
     def _stage(self, vector: Tensor) -> Tensor:
-        return vector if vector.device == self._device else vector.to(self._device, non_blocking=True)
+        # A copy to the host is waited for: what reads it there would not.
+        return (
+            vector if vector.device == self.device else vector.to(self.device, non_blocking=self.device.type != "cpu")
+        )
 
-    def _gather(self, tensors: Sequence[TensorStep | None], name: Literal["grad", "vector"]) -> Gathering:
+    def _gather(self, staged: Sequence[Tensor | None]) -> Gathering:
         self.exchange_bytes += self.plan.gather_bytes
         with self._stopwatch.phase("exchange"):
-            return self.plan.gather(self._staged(tensors, name))
+            return self.plan.gather(staged)
 
     def _arrive(self, gathering: Gathering | None, stacks: Sequence[Tensor]) -> None:
         if gathering is not None:
@@ -221,20 +313,25 @@ class ShardedGroup:
             return squares, None
         flags = torch.zeros_like(squares)
         for stack, rows in zip(self.stacks, self._rows, strict=True):
-            flags[rows] = torch.tensor(stack.ready, dtype=flags.dtype).to(self._device, non_blocking=True)
+            flags[rows] = torch.tensor(stack.ready, dtype=flags.dtype).to(self.device, non_blocking=True)
         shared = torch.stack([squares, flags])
         dist.all_reduce(shared, group=self.table.partition.process_group)
         return shared[0], shared[1]
 
-    def _step_of(self, block: Block, tensors: Sequence[TensorStep | None]) -> int:
-        """The step count of a block's parameter; 0 where it has no gradient at this step.
+    def _clocks(self, steps: Sequence[int], usual: int) -> list[list[int]]:
+        """By stack, the step count of every block's parameter; 0 where it takes no part in this step.
 
         A rank may own a block of which it holds nothing: all of a flat group's shards count alike.
+
+        Args:
+            steps: by tensor.
+            usual: where this rank holds nothing at all.
         """
-        if not tensors:
-            return self.last_step
-        tensor = tensors[self._buffers.get(block.parameter, 0)]
-        return tensor.step if tensor is not None else 0
+        by_buffer = steps or [usual]
+        return [
+            [by_buffer[self._buffers.get(block.parameter, 0) if steps else 0] for block in stack.blocks]
+            for stack in self.stacks
+        ]
 
     def _workspace(self) -> tuple[list[Tensor], list[Tensor]]:
         """Two tensors [n, *shape] per stack for the time of a step.
@@ -245,9 +342,9 @@ class ShardedGroup:
         if self._kept is not None:
             return self._kept
         gathered, scratch = (
-            [torch.zeros(len(s.blocks), *s.blocks[0].shape, device=self._device) for s in self.stacks] for _ in range(2)
+            [torch.zeros(len(s.blocks), *s.blocks[0].shape, device=self.device) for s in self.stacks] for _ in range(2)
         )
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             self._kept = gathered, scratch
         return gathered, scratch
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from ds_shampoo.group import ShardedGroup
-from ds_shampoo.host.service import RootService
-from ds_shampoo.stopwatch import Stopwatch
+from ds_shampoo.units import Workplace
 
 
-def collect(
-    groups: Collection[ShardedGroup], service: RootService, stopwatch: Stopwatch, sync: bool
-) -> dict[str, float]:
+def collect(groups: Collection[ShardedGroup], workplaces: Sequence[Workplace], sync: bool) -> dict[str, float]:
     """Adds the groups' counts up; see `Shampoo.metrics` for the keys."""
     slots = [(group, entry) for group in groups for entry in group.slots()]
     ages = [age for group, (_, _, keeper, slot) in slots if (age := keeper.age(slot, group.last_step)) is not None]
@@ -25,6 +22,11 @@ def collect(
         "root_age_mean": sum(ages) / len(ages) if ages else 0.0,
         "root_age_max": max(ages, default=0),
         "exchange_bytes": sum(group.exchange_bytes for group in groups),
-        **service.metrics(),
-        **{f"{phase}_ms": ms for phase, ms in stopwatch.read(sync).items()},
+        **_sums([workplace.service.metrics() for workplace in workplaces]),
+        **_sums([{f"{p}_ms": ms for p, ms in w.stopwatch.read(sync).items()} for w in workplaces]),
     }
+
+
+def _sums(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What several devices say, added up; one as it is."""
+    return {key: sum(each[key] for each in found) for key in (found[0] if found else ())}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ds_shampoo import saving
+from ds_shampoo import resuming
 from ds_shampoo.algorithm import multi_tensor, products, selection
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
@@ -21,20 +21,20 @@ from ds_shampoo.config import (
     SettingsError,
     ShampooConfig,
     check_delay,
-    group_settings,
+    checked_settings,
     parse,
     parse_group,
+    present_settings,
 )
-from ds_shampoo.elementwise import StepMemory, new_state
-from ds_shampoo.group import ShardedGroup, Unit
-from ds_shampoo.host.schedule import RootSchedule, stagger
-from ds_shampoo.host.service import RootService
+from ds_shampoo.elementwise import new_state
+from ds_shampoo.group import ShardedGroup
 from ds_shampoo.metrics import collect
+from ds_shampoo.nested import BLOCKS
 from ds_shampoo.report import render
-from ds_shampoo.sharding.ownership import fingerprint
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout, check_agreement
-from ds_shampoo.sharding.table import block_table, cut_all
-from ds_shampoo.stopwatch import Stopwatch
+from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout
+from ds_shampoo.state import ShownBlocks, in_full
+from ds_shampoo.transaction import Transaction
+from ds_shampoo.units import Piece, Unit, Units
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -133,23 +133,26 @@ class Shampoo(Optimizer):
         self.layout = layout if layout is not None else WholeLayout()
         self._names = selection.names(model) if model is not None else {}
         self._roles = selection.roles(model) if model is not None else {}
-        self._logical: list[list[LogicalParameter]] = []
-        # Every block's in `stagger`'s order; decides when its roots are due.
-        self.places: dict[Block, int] = {}
-        self._placed_groups = 0
-        self._groups: dict[tuple[int, int], ShardedGroup] = {}
-        self._loads: dict[int, list[float]] = {}
+        self._units = Units(config, self.layout, self._names)
+        self._transaction = Transaction()
+        self._shown = ShownBlocks()
+        # By param group: everything but its parameters as it was when the group was made.
+        self._constructed: list[dict[str, Any]] = []
+        self._checked: dict[int, tuple[dict[str, Any], GroupSettings]] = {}
         self._stepped: set[ShardedGroup] = set()
+        self._in_table = 0
+        self._warned = False
         # Whether the state that was loaded last was saved by Shampoo.
         self.took_up_shampoo = False
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
-        first = next((parameter for group in self._logical for parameter in group), None)
-        self._device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
-        self._place_blocks()
-        self._service = RootService(config, self._device)
-        self._stopwatch = Stopwatch(self._device)
-        self._memory = StepMemory()
+        first = next((parameter for group in self._units.logical for parameter in group), None)
+        device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
+        self._units.place()
+        if device.type != "meta":
+            self._units.workplace(device)
+            if not self.layout.keeps_blocks_apart:  # torch's tools look at the state before the first step
+                self.prepare()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
@@ -162,57 +165,57 @@ class Shampoo(Optimizer):
         params = param_group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
         logical = [self._logical_parameter(member, param_group, number) for number, member in enumerate(members)]
-        taken = {parameter.name for group in self._logical for parameter in group}
+        taken = {parameter.name for group in self._units.logical for parameter in group}
         for parameter in logical:
             if parameter.name in taken:
                 raise SettingsError(f"parameter name '{parameter.name}' is used twice")
             taken.add(parameter.name)
-        group = {
-            **param_group,
-            **settings.model_dump(),
-            "params": [parameter.tensor for parameter in logical],
-        }
-        super().add_param_group({**group, "group_index": len(self._logical)})
-        self._logical.append(logical)
+        own = {**param_group, **settings.model_dump(), "group_index": len(self._units.logical)}
+        super().add_param_group({**own, "params": [parameter.tensor for parameter in logical]})
+        self._constructed.append({key: value for key, value in own.items() if key != "params"})
+        self._units.add(logical, settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Takes one step with the gradients that the parameters have; those without are left alone.
 
+        What it raises while it waits leaves everything as if it had not been called, and it may be called again. A
+        signal that arrives while it changes weights and state is handled when it is done.
+
         Raises:
             ValueError: if a closure is given.
+            SettingsError: for a setting of a param group that was changed to a value that is refused, or that
+                decides what blocks there are.
+            WorkerError: naming the block, where its root can't be computed.
+            BrokenStepError: if an earlier step failed half-way and no state was loaded since.
         """
         if closure is not None:
             raise ValueError("Shampoo.step takes no closure: compute the loss and its gradients before the step")
         if not self.layout.in_training():
             return
-        for group in self.param_groups:
-            if not self._takes_part(group):
-                continue
-            sharded = self._sharded(group, group["params"])
-            if not self._stepped or sharded in self._stepped:
-                self._stepped.clear()
-                self._service.begin_step()
-            states = [self._state_of(param) for param in group["params"]]
-            sharded.step(group["params"], states, group_settings(group))
-            self._stepped.add(sharded)
-            if self.between_steps:
-                self._stopwatch.end_step()
+        self._transaction.check()
+        pieces = self._prepared()
+        with self._transaction.running():
+            for piece in pieces:
+                self._begin_round(piece.unit.sharded)
+                piece.unit.sharded.step(piece.held, piece.states, piece.settings, self._transaction.begin)
+                self._end_unit(piece)
 
     @property
     def between_steps(self) -> bool:
         """Whether everything has taken the step; ZeRO calls `step` once for each param group, or for parts of it."""
-        return len(self._stepped) == self._count()
+        return len(self._stepped) == self._units.expected()
 
     def prepare(self) -> None:
         """Builds blocks, owners and state of all groups now rather than at the first step.
 
         To be called while all groups are in place; it is what `describe` and `load_state_dict` do first.
         """
-        for group, held in self._held():
-            self._sharded(group, held)
-            for param in held:
-                self._state_of(param)
+        for group, held in self._units.held(self.param_groups):
+            settings = self._settings_of(group)
+            for unit in self._units.of(group["group_index"], held, settings):
+                self._states_of(unit, unit.of(held), settings)
+        self._log_table()
 
     def describe(self) -> str:
         """A table of what is preconditioned, by which blocks, on which ranks, with bytes; and what is not, and why."""
@@ -238,147 +241,254 @@ class Shampoo(Optimizer):
         Args:
             sync: wait for the device, so that the times are those of the last step.
         """
-        return collect(self._groups.values(), self._service, self._stopwatch, sync)
+        return collect(self._units.groups, self._units.workplaces, sync)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's `state` and `param_groups`, and `blocks`: this rank's factors and roots by block name.
+        """torch's `state` and `param_groups`, with this rank's factors and roots under each parameter's "blocks".
 
-        Under DeepSpeed `blocks` is empty: `engine.save_checkpoint` writes them to files of their own. Plain tensors
-        and numbers only, so that `torch.load(weights_only=True)` takes it; blocks are copies in host memory.
+        That is a dict by the block's number in the parameter, of tensors, numbers and dicts of these: `torch.load`
+        takes it with `weights_only=True`, and `torch.distributed.checkpoint` as it is. As in every torch optimizer the
+        tensors are those in use. Under DeepSpeed there are no blocks in it: `engine.save_checkpoint` writes them to
+        files of their own.
+
+        Raises:
+            BrokenStepError: if a step failed half-way.
         """
-        blocks = {} if self.layout.keeps_blocks_apart else saving.on_host(saving.blocks_state(self._groups.values()))
-        return {**super().state_dict(), "blocks": blocks}
+        self._transaction.check()
+        if not self.layout.keeps_blocks_apart:
+            self.prepare()
+        handle = self.register_state_dict_post_hook(self._completed, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave, bit for bit, on the rank and world size that saved it.
 
         As with every torch optimizer the saved settings come back too; those that differ from the present ones
-        are logged. Under DeepSpeed the present JSON's hold, but for the scheduler's learning rate, and another
-        optimizer's moments are taken up too.
+        are logged. Under DeepSpeed the JSON's hold, but for the learning rate and what else was changed since the
+        param group was made (by a scheduler, say), and another optimizer's moments are taken up too.
 
         Raises:
-            SettingsError: if the blocks were cut with other settings, or factors are missing.
+            SettingsError: if the state is not Shampoo's, has other param groups, the blocks were cut with other
+                settings, or factors are missing; nothing is touched then.
         """
-        if self.layout.keeps_blocks_apart:
-            self.took_up_shampoo = "blocks" in state_dict
-            state_dict = {**state_dict, "param_groups": saving.with_present_settings(state_dict, self.param_groups)}
-        else:
-            saving.check_fits(state_dict, self.param_groups)
-            state_dict = {**state_dict, "param_groups": saving.with_all_settings(state_dict, self.param_groups)}
-            for built in (self._groups, self._loads, self._stepped):  # for settings that are not the saved ones
-                built.clear()
-        super().load_state_dict(dict(state_dict))
-        saving.restore_exactly(self.state, state_dict, self.param_groups)
-        self.prepare()
-        if state_dict.get("blocks"):
-            saving.load_blocks(state_dict["blocks"], self.units())
+        loaded: dict[str, Any] = {}
+
+        def last(_: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:  # what others' hooks made of it
+            loaded.update(self._adapted(hooked))
+            self._transaction.begin()
+            return {
+                **loaded,
+                "state": {number: resuming.without_blocks(state) for number, state in loaded["state"].items()},
+            }
+
+        handles = [
+            self.register_load_state_dict_pre_hook(last),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
+        ]
+        try:
+            with self._transaction.running():
+                super().load_state_dict(dict(state_dict))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._transaction.mend()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuses to be copied or pickled: threads, device streams and jobs under way can't be.
+
+        Raises:
+            TypeError: saying what to do instead.
+        """
+        raise TypeError(
+            "a Shampoo optimizer can't be copied or pickled: make a new one, and give it this one's state_dict()"
+        )
 
     @property
     def workspace_bytes(self) -> int:
         """Kept from step to step beside the state and the host's buffers; on CPUs only."""
-        return self._memory.bytes + sum(group.workspace_bytes for group in self._groups.values())
+        return self._units.workspace_bytes
 
-    def units(self) -> list[Unit]:
-        """Everything that is stepped together, with its present settings and state."""
+    @property
+    def places(self) -> dict[Block, int]:
+        """Every block's place in `stagger`'s order; decides when its roots are due."""
+        return self._units.places
+
+    @places.setter
+    def places(self, places: dict[Block, int]) -> None:
+        self._units.places = places
+
+    def units(self) -> list[Piece]:
+        """All that has blocks, stepped at present or not, with its present settings and state.
+
+        Raises:
+            BrokenStepError: if a step failed half-way, and so there is nothing to save.
+        """
+        self._transaction.check()
         self.prepare()
-        return [
-            Unit(self._sharded(group, held), group_settings(group), [self._state_of(param) for param in held])
-            for group, held in self._held()
-        ]
+        return [piece for group, held in self._units.held(self.param_groups) for piece in self._pieces(group, held)]
+
+    def scheduled(self) -> list[dict[str, Any]]:
+        """By param group, what a checkpoint brings back: its learning rate, and what was changed since it was made."""
+        return [resuming.scheduled(group, self._constructed[group["group_index"]]) for group in self.param_groups]
 
     def sliced_parameters(self) -> set[str]:
         """The names of those of which tensor-parallel ranks hold a slice each."""
-        return {p.name for group in self._logical for p in group if p.sections is not None}
+        return {p.name for group in self._units.logical for p in group if p.sections is not None}
 
-    def _held(self) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
-        """What is stepped together: every param group, or its parts, with the tensors that stand for it."""
-        for group in self.param_groups:
-            parts = self._parts(group["group_index"])
-            if parts is None and self._takes_part(group):
-                yield group, group["params"]
-            for part in parts or ():
-                yield group, [part]
+    @property
+    def _groups(self) -> dict[int, ShardedGroup]:
+        return dict(enumerate(self._units.groups))
 
-    def _takes_part(self, group: Mapping[str, Any]) -> bool:
-        """Whether a group is stepped now: frameworks take the tensors out of those whose turn it isn't."""
-        return (bool(group["params"]) or self.layout.steps_empty) and self._is_trained(group["group_index"])
+    def _pieces(self, group: Mapping[str, Any], held: Sequence[Tensor]) -> Iterator[Piece]:
+        """A group's units, or those of the part of it that `held` stands for; what is missing is built."""
+        settings = self._settings_of(group)
+        for unit in self._units.of(group["group_index"], held, settings):
+            own = unit.of(held)
+            yield Piece(unit, settings, own, self._states_of(unit, own, settings))
 
-    def _count(self) -> int:
-        """How much there is of what is stepped together."""
-        parts = ((index, self._parts(index)) for index in range(len(self._logical)))
-        return sum(self._is_trained(index) if own is None else len(own) for index, own in parts)
+    def _prepared(self) -> list[Piece]:
+        """What this call of `step` steps, after all waiting.
 
-    def _is_trained(self, index: int) -> bool:
-        """Whether any parameter of a group is; frameworks may drop the tensors of one that is wholly frozen."""
-        return any(parameter.tensor.requires_grad for parameter in self._logical[index])
-
-    def _parts(self, index: int) -> Sequence[Tensor] | None:
-        """The layout's parts of a group, which DeepSpeed numbers without those that have no parameters."""
-        if not self._logical[index]:
-            return None
-        return self.layout.parts(sum(map(bool, self._logical[:index])))
-
-    def _sharded(self, group: Mapping[str, Any], held: Sequence[Tensor]) -> ShardedGroup:
-        index, settings = group["group_index"], group_settings(group)
-        key = index, id(held[0]) if held else 0
-        if key not in self._groups:
-            self._place_blocks()
-            members = self.layout.members(self._logical[index], held)
-            partition = self.layout.partition(members, held)
-            loads = self._loads.setdefault(id(partition.process_group), [0.0] * partition.world_size)
-            table = block_table(members, partition, settings, loads)
-            check_agreement(table.fingerprint, "blocks and owners", partition, self._device)
-            kernels = fingerprint([type(multi_tensor.kernels_for(self._device)).__name__])
-            check_agreement(kernels, "using NVIDIA's apex, where each rounds otherwise", partition, self._device)
-            self._groups[key] = ShardedGroup(
-                table,
-                settings,
-                self._config.exchange_dtype,
-                self._device,
-                self._service,
-                self._stopwatch,
-                self._memory,
-                self.places,
-            )
-            self._log_table()
-        return self._groups[key]
-
-    def _place_blocks(self) -> None:
-        """Gives the blocks of new param groups their places: in the model's order, whatever group they are in.
-
-        Groups of different schedules have rounds of their own.
+        Where a framework calls once for each param group, the first call waits for all of them: one that failed in
+        the middle would leave some of them a step ahead.
         """
-        if self._placed_groups == len(self._logical):
+        ahead = bool(self._stepped) and not self.between_steps
+        try:
+            if self.layout.keeps_blocks_apart and not ahead:
+                for unit in self._units.all:
+                    if unit.index in self._checked:
+                        unit.sharded.wait_for_roots(self._checked[unit.index][1])
+            taking_part = [group for group in self.param_groups if self._units.takes_part(group)]
+            pieces = [piece for group in taking_part for piece in self._pieces(group, group["params"])]
+            self._log_table()
+            for piece in pieces:
+                piece.unit.sharded.prepare(piece.held, piece.states, piece.settings)
+        except BaseException as error:
+            if ahead:
+                self._transaction.fail(error)
+            raise
+        return pieces
+
+    def _begin_round(self, sharded: ShardedGroup) -> None:
+        if self._stepped and sharded not in self._stepped:
             return
-        order = {key: number for number, key in enumerate(self._names)}
-        members: dict[RootSchedule, list[tuple[int, list[Block]]]] = {}
-        for index in range(self._placed_groups, len(self._logical)):
-            settings = group_settings(self.param_groups[index])
-            members.setdefault(RootSchedule.of(settings), []).extend(
-                (order.get(id(parameter.tensor), len(order)), cut_all([parameter], settings))
-                for parameter in self._logical[index]
-            )
-        mine: dict[Hashable, list[Block]] = {
-            schedule: [block for _, blocks in sorted(parameters, key=lambda found: found[0]) for block in blocks]
-            for schedule, parameters in members.items()
-        }
-        for blocks in self.layout.everyones(mine).values():
-            self.places.update(zip(blocks, stagger(blocks, len(self.places)), strict=True))
-        self._placed_groups = len(self._logical)
+        if self._stepped and not self.between_steps and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a step began before all param groups had taken the last one (%d of %d parts had): if it was "
+                "interrupted, load a checkpoint",
+                len(self._stepped), self._units.expected(),
+            )  # fmt: skip
+        self._stepped.clear()
+        for workplace in self._units.workplaces:
+            workplace.service.begin_step()
+
+    def _end_unit(self, piece: Piece) -> None:
+        self._stepped.add(piece.unit.sharded)
+        for param, state in zip(piece.held, piece.states, strict=True):
+            if piece.unit.names:
+                self._shown.note(param, state)
+        if self.between_steps:
+            for workplace in self._units.workplaces:
+                workplace.stopwatch.end_step()
+
+    def _settings_of(self, group: Mapping[str, Any]) -> GroupSettings:
+        """A group's present settings, looked at anew whenever somebody changed them.
+
+        Raises:
+            SettingsError: for a value that is refused, or one that decides what blocks there are.
+        """
+        index, present = group["group_index"], present_settings(group)
+        known = self._checked.get(index)
+        if known is None or known[0] != present:
+            settings = checked_settings(present)
+            check_delay(settings, self._config.root_delay)
+            for unit in self._units.all:
+                if unit.index == index:
+                    resuming.check_structure(unit.sharded.settings, settings)
+            self._checked[index] = known = present, settings
+        resuming.check_preconditioned(group, self._constructed[index])
+        return known[1]
+
+    def _states_of(self, unit: Unit, held: Sequence[Tensor], settings: GroupSettings) -> list[dict[str, Any]]:
+        """The elementwise state of a unit's tensors, made where it is missing; without it blocks begin anew."""
+        lost = unit.sharded.last_step > 0 and any(not self.state.get(p) and not self.layout.absent(p) for p in held)
+        states = [self._state_of(param) for param in held]
+        if not self.layout.keeps_blocks_apart:
+            for name, param, state in zip(unit.names, held, states, strict=True):
+                self._shown.follow(unit.sharded, name, param, state, settings)
+        elif lost:
+            logger.warning("the state of a param group is gone: its blocks begin anew, without statistics and roots")
+            unit.sharded.restart(unit.sharded.table.blocked.keys())
+        return states
+
+    def _completed(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state with what torch does not know of, before others' hooks see it."""
+        if self.layout.keeps_blocks_apart:
+            groups = [
+                {**saved, resuming.CHANGED: sorted(resuming.changed(group, self._constructed[group["group_index"]]))}
+                for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+            ]
+            return {**state_dict, "param_groups": groups, "blocks": {}}
+        numbers = {param: n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
+        state = dict(state_dict["state"])
+        for piece in self.units():
+            for name, param in zip(piece.unit.names, piece.held, strict=True):
+                if piece.unit.sharded.slots_of(name):
+                    blocks = in_full(piece.unit.sharded, name, piece.settings, param.device)
+                    state[numbers[param]] = {**state[numbers[param]], BLOCKS: blocks}
+        return {**state_dict, "state": state}
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state as it is to be loaded, held against this optimizer.
+
+        Raises:
+            SettingsError: if it does not fit.
+        """
+        resuming.check_groups(state_dict, self.param_groups)
+        if self.layout.keeps_blocks_apart:
+            self.took_up_shampoo = "blocks" in state_dict
+            constructed = [self._constructed[group["group_index"]] for group in self.param_groups]
+            groups = resuming.with_present_settings(state_dict, self.param_groups, constructed)
+        else:
+            resuming.check_fits(state_dict, self.param_groups)
+            groups = resuming.with_all_settings(state_dict, self.param_groups)
+            resuming.check_blocks(state_dict, groups, self._units.logical)
+        return {**state_dict, "param_groups": groups}
+
+    def _restore(self, loaded: Mapping[str, Any]) -> None:
+        """What torch's loading leaves to do, before others' hooks see the result."""
+        resuming.restore_exactly(self.state, loaded, self.param_groups)
+        self._checked.clear()
+        if not self.layout.keeps_blocks_apart:
+            self._stepped.clear()
+            self._shown.clear()
+            self._units.forget(resuming.parameters_with_blocks(loaded, self._units.logical))
+        self.prepare()
+        for piece in self.units():
+            piece.unit.sharded.last_step = max((int(s["step"]) for s in piece.states if "step" in s), default=0)
 
     def _table(self) -> str:
-        devices = {self._device, *(param.device for _, held in self._held() for param in held)}
-        tables = render([group.table for group in self._groups.values()])
-        work = products.describe(self._device), multi_tensor.describe(devices)
-        return "\n".join([f"{tables}{self._service.describe()}", *work])
+        devices = {group.device for group in self._units.groups}
+        devices |= {param.device for _, held in self._units.held(self.param_groups) for param in held}
+        tables = render([group.table for group in self._units.groups])
+        services = "\n".join(workplace.service.describe() for workplace in self._units.workplaces)
+        first = next(iter(self._units.workplaces)).service.device
+        return "\n".join([f"{tables}{services}", products.describe(first), multi_tensor.describe(devices)])
 
     def _log_table(self) -> None:
         """Logs the table of all groups once it is whole, on the first rank of those that share it."""
-        if len(self._groups) < self._count():
+        groups = self._units.groups
+        if len(groups) < self._units.expected() or len(groups) == self._in_table:
             return
-        if all(group.table.partition.rank == 0 for group in self._groups.values()):
+        self._in_table = len(groups)
+        if all(group.table.partition.rank == 0 for group in groups):
             logger.info("\n%s", self._table())
-            self._service.warn_of_crowding()
+            for workplace in self._units.workplaces:
+                workplace.service.warn_of_crowding()
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
@@ -392,7 +502,7 @@ class Shampoo(Optimizer):
             raise TypeError(f"Shampoo takes tensors or (name, tensor) pairs, not {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise SettingsError(f"Shampoo can't optimize a parameter of dtype {tensor.dtype}")
-        position = f"param_{sum(len(logical) for logical in self._logical) + number}"
+        position = f"param_{sum(len(logical) for logical in self._units.logical) + number}"
         own_name = name or self._names.get(id(tensor), position)
         name = self.layout.name(own_name, tensor)
         role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)

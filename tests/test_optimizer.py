@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 import math
@@ -34,6 +35,11 @@ def run(optimizer: Shampoo, params: list[nn.Parameter], steps: range) -> None:
         for number, param in enumerate(params):
             give_grad(param, 1000 * number + step)
         optimizer.step()
+
+
+def block_of(optimizer: Shampoo, number: int = 0) -> dict[str, Any]:
+    """The state of a block of the first parameter."""
+    return optimizer.state_dict()["state"][0]["blocks"][str(number)]
 
 
 def copies(params: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -299,7 +305,7 @@ def test_states_that_do_not_fit_are_refused_before_anything_is_touched() -> None
     with pytest.raises(SettingsError, match="not a state of Shampoo"):
         optimizer.load_state_dict(torch.optim.AdamW(params).state_dict())
     state = optimizer.state_dict()
-    state["blocks"] = {name: value for name, value in state["blocks"].items() if name != "param_0[2]"}
+    del state["state"][0]["blocks"]["2"]
     with pytest.raises(SettingsError, match=r"lacks the factors of 1 of this rank's 4 blocks, param_0\[2\] first"):
         Shampoo(copies(params), **SETTINGS).load_state_dict(state)
 
@@ -465,12 +471,12 @@ def test_a_nan_gradient_is_rejected_counted_and_leaves_the_roots(caplog: pytest.
     param = parameter(4, 4)
     optimizer = Shampoo([param], **AT_ONCE, max_root_failures=2)
     run(optimizer, [param], range(2))
-    roots = [root.clone() for root in optimizer.state_dict()["blocks"]["param_0[0]"]["roots"]]
+    roots = [root.clone() for root in block_of(optimizer)["roots"].values()]
     param.grad = torch.full_like(param, math.nan)
     optimizer.step()
     assert optimizer.metrics()["roots_rejected"] == 2
     assert optimizer.metrics()["preconditioned_blocks"] == 1
-    after = optimizer.state_dict()["blocks"]["param_0[0]"]["roots"]
+    after = block_of(optimizer)["roots"].values()
     assert all(torch.equal(a, b) for a, b in zip(roots, after, strict=True))
     give_grad(param, 5)
     optimizer.step()
@@ -521,16 +527,20 @@ def test_a_frozen_group_is_no_part_of_a_step() -> None:
             assert optimizer.between_steps
 
 
-def test_blocks_in_a_state_are_copies() -> None:
+def test_blocks_in_a_state_are_those_in_use_and_a_deep_copy_is_another() -> None:
     weight = parameter(4, 4)
     optimizer = Shampoo([weight], root_overlap=False, root_interval=1)
     weight.grad = torch.randn(4, 4)
     optimizer.step()
-    state = optimizer.state_dict()["blocks"]["param_0[0]"]
-    kept = [tensor.clone() for key in ("factors", "roots") for tensor in state[key]]
+    live = optimizer.state_dict()["state"][0]["blocks"]["0"]
+    copied = copy.deepcopy(live)
     weight.grad = torch.randn(4, 4)
     optimizer.step()
-    assert all(map(torch.equal, kept, [*state["factors"], *state["roots"]]))
+    present = block_of(optimizer)
+    for key in ("factors", "roots"):
+        for number in ("0", "1"):
+            assert live[key][number].data_ptr() == present[key][number].data_ptr()
+            assert not torch.equal(live[key][number], copied[key][number])
 
 
 def test_another_optimizers_step_count_becomes_a_number() -> None:
@@ -538,11 +548,9 @@ def test_another_optimizers_step_count_becomes_a_number() -> None:
     adamw, optimizer = torch.optim.AdamW([weight]), Shampoo([weight])
     weight.grad = torch.ones(4, 4)
     adamw.step()
-    state = {**optimizer.state_dict(), "state": adamw.state_dict()["state"]}
+    state = optimizer.state_dict()
+    state["state"][0].update(adamw.state_dict()["state"][0])
     assert isinstance(state["state"][0]["step"], torch.Tensor)
-    state["blocks"] = optimizer.state_dict()["blocks"] or {}
-    optimizer.prepare()
-    state["blocks"] = optimizer.state_dict()["blocks"]
     optimizer.load_state_dict(state)
     assert type(optimizer.state[weight]["step"]) is int
 

@@ -113,6 +113,28 @@ class RootKeeper:
                 self._begin(slot, step, schedule.delay(step, place, usual), settings)
                 self._install_due(slot, step, settings)
 
+    def prepare(self, clock: Sequence[int], settings: GroupSettings) -> None:
+        """Waits."""
+        for slot, step in enumerate(clock):
+            pending = self._blocks[slot].pending
+            if step and pending is not None and step >= pending.due_at:
+                for task in pending.tasks:
+                    self._service._executor.settle(task)
+
+    def let_go(self) -> None:
+        """Drops."""
+        for block in self._blocks:
+            block.pending = None
+
+    def restart(self, slots: Sequence[int]) -> None:
+        """Fresh."""
+        for slot in slots:
+            factors = len(self._stack.factors)
+            self._blocks[slot] = _BlockRoots([None] * factors, [False] * factors)
+            for tensor in (*self._stack.factors, *self._stack.roots):
+                tensor[slot].zero_()
+            self._stack.updates[slot], self._stack.ready[slot] = 0, False
+
     def age(self, slot: int, step: int) -> int | None:
         """Steps since the statistics that the slot's roots in force belong to; None where there are none."""
         return step - self._blocks[slot].rooted_at if self._stack.ready[slot] else None

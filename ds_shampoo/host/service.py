@@ -21,6 +21,7 @@ class RootService:
     """Takes root jobs and gives their answers when they are due.
 
     Attributes:
+        device: where the blocks are.
         transfers: the copies between the device and the host.
     """
 
@@ -30,6 +31,7 @@ class RootService:
         Raises:
             SettingsError: for `root_cores` that this process may not use.
         """
+        self.device = device
         self.transfers = Transfers(device)
         self._delay = config.root_delay
         self._step = 0
