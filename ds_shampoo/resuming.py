@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.config import GroupSettings, SettingsError
-from ds_shampoo.nested import BLOCKS
+from ds_shampoo.nested import BLOCKS, check
 from ds_shampoo.saving import STRUCTURAL
 from ds_shampoo.sharding.partition import LogicalParameter
 from ds_shampoo.sharding.table import cut_all
@@ -133,21 +133,25 @@ def check_blocks(
     saved_groups: Sequence[Mapping[str, Any]],
     logical: Sequence[Sequence[LogicalParameter]],
 ) -> None:
-    """Looks for every block of every parameter that has state.
+    """Looks at every block of every parameter that has state.
 
     Raises:
-        SettingsError: naming the first that is missing.
+        SettingsError: naming the first that is missing or does not fit.
     """
     missing, count = [], 0
     for parameters, group in zip(logical, saved_groups, strict=True):
         settings = GroupSettings.model_construct(**{key: group[key] for key in GroupSettings.model_fields})
         for parameter, number in zip(parameters, group["params"], strict=True):
             state = state_dict["state"].get(number) or {}
-            if BLOCKS not in state and not parameter.tensor.requires_grad:
+            if not state or (BLOCKS not in state and not parameter.tensor.requires_grad):
                 continue
-            blocks = cut_all([parameter], settings) if state else []
-            count += len(blocks)
-            missing += [str(block) for block in blocks if str(block.index) not in _as_text(state.get(BLOCKS, {}))]
+            found = {str(key): block for key, block in state.get(BLOCKS, {}).items()}
+            for block in cut_all([parameter], settings):
+                count += 1
+                if str(block.index) in found:
+                    check(block, found[str(block.index)])
+                else:
+                    missing.append(str(block))
     if missing:
         raise SettingsError(
             f"the checkpoint lacks the factors of {len(missing)} of this rank's {count} blocks, {missing[0]} first: it "
@@ -194,10 +198,6 @@ def restore_exactly(
                 state[param][key] = value
             elif isinstance(value, Tensor):
                 state[param][key] = value.detach().to(param.device, copy=True)
-
-
-def _as_text(blocks: Mapping[Any, Any]) -> set[str]:
-    return {str(key) for key in blocks}
 
 
 def _same(a: Any, b: Any) -> bool:

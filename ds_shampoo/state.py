@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_shampoo.config import GroupSettings, SettingsError
 from ds_shampoo.elementwise import MOMENTS
 from ds_shampoo.group import ShardedGroup
-from ds_shampoo.nested import BLOCKS, from_nested, to_nested
+from ds_shampoo.nested import BLOCKS, check, from_nested, to_nested
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -94,21 +94,10 @@ def take_up(sharded: ShardedGroup, found: Mapping[str, Mapping[str, Any]], setti
             f"the checkpoint lacks the factors of {len(missing)} of {len(slots)} blocks, {missing[0]} first: it was "
             "saved of another model, or by ranks that had other blocks"
         )
-    loaded = []
+    for block, *_ in slots:
+        check(block, found[block.parameter][str(block.index)])
     for block, stack, keeper, slot in slots:
-        try:
-            state = from_nested(found[block.parameter][str(block.index)])
-            shapes = [[tuple(tensor.shape) for tensor in state[key]] for key in ("factors", "roots")]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise SettingsError(f"the state of block {block} is incomplete: {type(error).__name__}: {error}") from error
-        own = [[tuple(tensor.shape[1:]) for tensor in tensors] for tensors in (stack.factors, stack.roots)]
-        if shapes != own:
-            raise SettingsError(
-                f"the factors and roots of block {block} have the shapes {shapes} in the checkpoint, but {own} here: "
-                "another model or release"
-            )
-        loaded.append((stack, keeper, slot, state))
-    for stack, keeper, slot, state in loaded:
+        state = from_nested(found[block.parameter][str(block.index)])
         stack.load_block_state(slot, state)
         keeper.load_block_state(slot, state, settings)
 
