@@ -200,6 +200,7 @@ class Shampoo(Optimizer):
                 self._begin_round(piece.unit.sharded)
                 piece.unit.sharded.step(piece.held, piece.states, piece.settings, self._transaction.begin)
                 self._end_unit(piece)
+            self._transaction.end()
 
     @property
     def between_steps(self) -> bool:
@@ -291,6 +292,7 @@ class Shampoo(Optimizer):
         try:
             with self._transaction.running():
                 super().load_state_dict(dict(state_dict))
+                self._transaction.end()
         finally:
             for handle in handles:
                 handle.remove()
@@ -327,8 +329,7 @@ class Shampoo(Optimizer):
             BrokenStepError: if a step failed half-way, and so there is nothing to save.
         """
         self._transaction.check()
-        self.prepare()
-        return [piece for group, held in self._units.held(self.param_groups) for piece in self._pieces(group, held)]
+        return self._all_pieces()
 
     def scheduled(self) -> list[dict[str, Any]]:
         """By param group, what a checkpoint brings back: its learning rate, and what was changed since it was made."""
@@ -341,6 +342,10 @@ class Shampoo(Optimizer):
     @property
     def _groups(self) -> dict[int, ShardedGroup]:
         return dict(enumerate(self._units.groups))
+
+    def _all_pieces(self) -> list[Piece]:
+        self.prepare()
+        return [piece for group, held in self._units.held(self.param_groups) for piece in self._pieces(group, held)]
 
     def _pieces(self, group: Mapping[str, Any], held: Sequence[Tensor]) -> Iterator[Piece]:
         """A group's units, or those of the part of it that `held` stands for; what is missing is built."""
@@ -467,8 +472,7 @@ class Shampoo(Optimizer):
             self._stepped.clear()
             self._shown.clear()
             self._units.forget(resuming.parameters_with_blocks(loaded, self._units.logical))
-        self.prepare()
-        for piece in self.units():
+        for piece in self._all_pieces():
             piece.unit.sharded.last_step = max((int(s["step"]) for s in piece.states if "step" in s), default=0)
 
     def _table(self) -> str:

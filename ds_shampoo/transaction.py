@@ -53,6 +53,10 @@ class Transaction:
         """From here on the step changes weights and state."""
         self._changing = True
 
+    def end(self) -> None:
+        """Everything is changed."""
+        self._changing = False
+
     def fail(self, error: BaseException) -> None:
         """Things are changed in part, by a step that this ended."""
         self._broken = f"{type(error).__name__}: {error}"
