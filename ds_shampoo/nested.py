@@ -79,8 +79,8 @@ def check(block: Block, nested: Mapping[str, Any]) -> None:
     for key, expected in own.items():
         if shapes[key] != expected:
             raise SettingsError(
-                f"the {key} of block {block} have the shapes {shapes[key]} in the checkpoint, but {expected} here: another "
-                "model or release"
+                f"the {key} of block {block} have the shapes {shapes[key]} in the checkpoint, but {expected} here: "
+                "another model or release"
             )
 
 

@@ -194,10 +194,12 @@ class Shampoo(Optimizer):
         if not self.layout.in_training():
             return
         self._transaction.check()
-        pieces = self._prepared()
+        ahead = bool(self._stepped) and not self.between_steps
+        pieces = self._prepared(ahead)
         with self._transaction.running():
-            for piece in pieces:
-                self._begin_round(piece.unit.sharded)
+            for number, piece in enumerate(pieces):
+                if piece.sharded in self._stepped or not (number or ahead):
+                    self._begin_round(ahead)
                 piece.unit.sharded.step(piece.held, piece.states, piece.settings, self._transaction.begin)
                 self._end_unit(piece)
             self._transaction.end()
@@ -354,13 +356,15 @@ class Shampoo(Optimizer):
             own = unit.of(held)
             yield Piece(unit, settings, own, self._states_of(unit, own, settings))
 
-    def _prepared(self) -> list[Piece]:
+    def _prepared(self, ahead: bool) -> list[Piece]:
         """What this call of `step` steps, after all waiting.
 
         Where a framework calls once for each param group, the first call waits for all of them: one that failed in
         the middle would leave some of them a step ahead.
+
+        Args:
+            ahead: whether other param groups have taken this step already.
         """
-        ahead = bool(self._stepped) and not self.between_steps
         try:
             if self.layout.keeps_blocks_apart and not ahead:
                 for unit in self._units.all:
@@ -377,10 +381,8 @@ class Shampoo(Optimizer):
             raise
         return pieces
 
-    def _begin_round(self, sharded: ShardedGroup) -> None:
-        if self._stepped and sharded not in self._stepped:
-            return
-        if self._stepped and not self.between_steps and not self._warned:
+    def _begin_round(self, ahead: bool) -> None:
+        if ahead and not self._warned:
             self._warned = True
             logger.warning(
                 "a step began before all param groups had taken the last one (%d of %d parts had): if it was "

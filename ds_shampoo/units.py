@@ -148,7 +148,10 @@ class Units:
 
     def takes_part(self, group: Mapping[str, Any]) -> bool:
         """Whether anything of a group is stepped: frameworks take the tensors out of those whose turn it isn't."""
-        return (bool(group["params"]) or self.layout.steps_empty) and bool(self._trained[group["group_index"]])
+        index, held = group["group_index"], group["params"]
+        if not held and not self.layout.steps_empty:
+            return False
+        return bool(self._trained[index] or self._newly_trained(index, held))
 
     def expected(self) -> int:
         """How many units make one step of everything."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import linecache
 import signal
 import sys
@@ -76,7 +77,7 @@ def at_line(number: int, act: Callable[[], None]) -> Iterator[list[str]]:
     lines: list[str] = []
 
     def on_line(frame: FrameType, event: str, _: Any) -> Any:
-        # At the end of its block a `with` line is come to once more, where no signal ever is handled: without leaving it.
+        # A `with` line is come to once more at the end of its block, where Python itself handles no signal.
         if event == "line" and not _source(frame).startswith("with "):
             lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
             if len(lines) == number + 1:
@@ -169,19 +170,20 @@ def test_an_exception_before_any_line(
         model.load_state_dict(half_way[0])
         optimizer.load_state_dict(half_way[1])
         give_grads(model, AT)
-        with pytest.raises(InjectedError), at_line(line, fail) as passed:
+        with contextlib.suppress(InjectedError), at_line(line, fail) as passed:
             optimizer.step()
+        if len(passed) <= line:  # threads were faster, and so there were fewer lines of waiting
+            continue
         if {int(state["step"]) for state in optimizer.state.values()} == {AT + 1} and not_begun:
             with contextlib.suppress(BrokenStepError):
                 goes_on(model, optimizer, line, one_step_on, undisturbed)  # raised when all was done
                 continue
         try:
             optimizer.step()
-        except BrokenStepError as error:
+        except BrokenStepError:
             refused += 1
-            assert "InjectedError" in str(error)
             for use in (optimizer.step, optimizer.state_dict, optimizer.units):
-                with pytest.raises(BrokenStepError):
+                with pytest.raises(BrokenStepError, match="InjectedError"):
                     use()
             continue
         not_begun += 1
@@ -209,8 +211,11 @@ def test_a_signal_before_any_line(
             model.load_state_dict(half_way[0])
             optimizer.load_state_dict(half_way[1])
             give_grads(model, AT)
-            with pytest.raises(KeyboardInterrupt), at_line(line, lambda: signal.raise_signal(signal.SIGUSR1)) as passed:
+            act = functools.partial(signal.raise_signal, signal.SIGUSR1)
+            with contextlib.suppress(KeyboardInterrupt), at_line(line, act) as passed:
                 optimizer.step()
+            if len(passed) <= line:
+                continue
             steps = {int(state["step"]) for state in optimizer.state.values()}
             assert len(steps) == 1, passed[-1]
             if steps == {AT}:
