@@ -19,11 +19,14 @@ def describe(engine: Any, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]
     return {
         "ds_shampoo": version("ds-shampoo"),
         "optimizer": type(engine.optimizer).__name__,
+        "global_steps": engine.global_steps,
         "world_size": dist.get_world_size(),
         "tensor_parallel": _slices(engine),
         "pipeline_stages": _stages(engine),
         "expert_groups": _expert_groups(engine),
-        "learning_rates": [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in groups],
+        "learning_rates": [
+            {key: float(group[key]) for key in ("lr", "initial_lr") if key in group} for group in groups
+        ],
     }
 
 
@@ -33,7 +36,7 @@ def check_world(engine: Any, reader: BlockReader) -> None:
     Raises:
         CheckpointError: for another number of ranks, or another layout of the optimizer's state.
     """
-    slices = reader.header["tensor_parallel"]
+    slices = reader.header.tensor_parallel
     if slices != _slices(engine):
         raise CheckpointError(
             f"{reader.folder}: saved at tensor-parallel size {slices}, to be loaded at {_slices(engine)}; DeepSpeed "
@@ -41,16 +44,16 @@ def check_world(engine: Any, reader: BlockReader) -> None:
         )
     if engine.load_universal_checkpoint():
         return
-    saved, present = reader.header["optimizer"], type(engine.optimizer).__name__
-    ranks, here = reader.header["world_size"], dist.get_world_size()
+    saved, present = reader.header.optimizer, type(engine.optimizer).__name__
+    ranks, here = reader.header.world_size, dist.get_world_size()
     advice = "convert it with `ds-shampoo to-universal` and set checkpoint.load_universal"
-    stages = reader.header["pipeline_stages"]
+    stages = reader.header.pipeline_stages
     if stages != _stages(engine):
         raise CheckpointError(
             f"{reader.folder}: saved over {stages} pipeline stages, to be loaded over {_stages(engine)}; if that was "
             f"at ZeRO stage 1, {advice}"
         )
-    experts, expected = reader.header["expert_groups"], _expert_groups(engine)
+    experts, expected = reader.header.expert_groups, _expert_groups(engine)
     if experts != expected:
         raise CheckpointError(
             f"{reader.folder}: experts lay over {experts} when this was saved, and lie over {expected} now; DeepSpeed "
