@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from io import BufferedReader
@@ -51,6 +52,9 @@ _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+# A tensor's dtype, shape, begin and end in a file.
+Place = tuple[str, list[int], int, int]
 
 # safetensors' own limit of a header.
 _LONGEST_HEADER = 100_000_000
@@ -183,7 +187,7 @@ class BlockReader:
                             self._fetched[block] = state
             except FileNotFoundError as error:
                 raise CheckpointError(f"{path} is missing; it holds block {block}") from error
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            except Exception as error:  # whatever a damaged header can lead to
                 raise CheckpointError(f"{path}, block {block}: {error}") from error
 
 
@@ -206,7 +210,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _places(handle: BufferedReader) -> dict[str, tuple[str, list[int], int, int]]:
+def _places(handle: BufferedReader) -> dict[str, Place]:
     """Dtype, shape, begin and end of every tensor that the file's own header names."""
     length = int.from_bytes(handle.read(8), "little")
     if not 2 <= length <= _LONGEST_HEADER:
@@ -220,17 +224,17 @@ def _places(handle: BufferedReader) -> dict[str, tuple[str, list[int], int, int]
     }
 
 
-def _read(
-    handle: BufferedReader, places: Mapping[str, tuple[str, list[int], int, int]], block: BlockEntry
-) -> dict[str, Any]:
+def _read(handle: BufferedReader, places: Mapping[str, Place], block: BlockEntry) -> dict[str, Any]:
     """A block's state; what is hashed is the memory that is returned."""
     digest, tensors = hashlib.sha256(), {}
     for entry in tensors_of(block.state):
         dtype, shape, begin, end = places[entry.key]
-        tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="cpu")
-        memory = _bytes(tensor)
-        if _DTYPES.get(dtype) != tensor.dtype or shape != entry.shape or end - begin != len(memory):
+        expected: torch.dtype = getattr(torch, entry.dtype)
+        size = math.prod(entry.shape) * expected.itemsize
+        if _DTYPES.get(dtype) != expected or shape != entry.shape or end - begin != size:
             raise ValueError(f"damaged: tensor {entry.key} has another shape or dtype than the index says")
+        tensor = torch.empty(entry.shape, dtype=expected, device="cpu")
+        memory = _bytes(tensor)
         handle.seek(begin)
         if handle.readinto(memory) != len(memory):
             raise ValueError(f"damaged: it ends within tensor {entry.key}")

@@ -188,9 +188,9 @@ def variants(index: dict[str, Any], path: tuple[Any, ...]) -> Iterator[str]:
         def put(parent: Any, key: Any, value: Any = replacement) -> None:
             parent[key] = value
 
-        other = changed(index, path, put)
-        if other != index or type(replacement) is bool:
-            yield json.dumps(other)
+        text = json.dumps(changed(index, path, put))
+        if text != json.dumps(index):
+            yield text
 
 
 def test_with_a_new_checksum_nothing_but_a_checkpoint_error_comes_out(shared: tuple[Path, dict[str, Any]]) -> None:
@@ -248,7 +248,7 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
 
 def test_another_format_is_named(folder: Path) -> None:
     (folder / INDEX).write_text('{"format": 2, "ds_shampoo": "0.9", "files": []}')
-    with pytest.raises(CheckpointError, match="format 2, and this release reads format 3 only: .* ds-shampoo 0.9"):
+    with pytest.raises(CheckpointError, match=r"format 2, and this release reads format 3 only: .* ds-shampoo 0\.9"):
         BlockReader(folder)
 
 
