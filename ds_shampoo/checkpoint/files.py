@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
@@ -31,21 +30,13 @@ from ds_shampoo.checkpoint.index import (
     TensorEntry,
     confirm,
     read_index,
-    replace_text,
     tensors_of,
-    write_index,
 )
 
-__all__ = [
-    "FOLDER", "FORMAT", "INDEX", "BlockReader", "CheckpointError", "discard_former", "file_name", "replace_text",
-    "write_file", "write_index",
-]  # fmt: skip
+__all__ = ["FOLDER", "FORMAT", "INDEX", "BlockReader", "CheckpointError", "file_name", "write_file"]
 
 # Where a checkpoint has its blocks, beside the framework's own files.
 FOLDER = "shampoo"
-
-# The names that `file_name` has given in any release; what is called otherwise belongs to somebody else.
-_OURS = re.compile(r"(experts-)?rank\d{5,}-[0-9a-f]{8,32}\.safetensors")
 
 # safetensors' names of dtypes.
 _DTYPES = {
@@ -88,17 +79,6 @@ def write_file(folder: Path, name: str, states: Mapping[str, Mapping[str, Any]])
             digest.update(_bytes(tensors[entry.key]))
         blocks[block] = BlockEntry(sha256=digest.hexdigest(), state=tree)
     return BlockFile(name=name, blocks=blocks)
-
-
-def discard_former(folder: Path) -> None:
-    """Removes the files of blocks that the folder's index does not name: of former saves, and of some cut short.
-
-    What Shampoo did not write stays.
-    """
-    kept = {file.name for file in read_index(folder / INDEX).files}
-    for path in folder.iterdir():
-        if _OURS.fullmatch(path.name) and path.name not in kept and path.is_file():
-            path.unlink()
 
 
 class BlockReader:
@@ -167,7 +147,7 @@ class BlockReader:
             if problem:
                 raise CheckpointError(
                     f"{self.folder.parent / file.name} {problem}: it is damaged, or of another save than the blocks "
-                    f"in {FOLDER}/ (a save over this checkpoint that was cut short); load an earlier checkpoint"
+                    f"in {FOLDER}/; load another checkpoint"
                 )
 
     def _each(self, blocks: Collection[str], keep: bool) -> None:
@@ -178,7 +158,7 @@ class BlockReader:
             path, block = self.folder / file.name, wanted[0]
             try:
                 if path.resolve().parent != self.folder.resolve():
-                    raise ValueError("it is a link that leads out of the folder")
+                    raise OSError("it is a link that leads out of the folder")
                 with path.open("rb") as handle:
                     places = _places(handle)
                     for block in wanted:
@@ -187,8 +167,10 @@ class BlockReader:
                             self._fetched[block] = state
             except FileNotFoundError as error:
                 raise CheckpointError(f"{path} is missing; it holds block {block}") from error
+            except OSError as error:
+                raise CheckpointError(f"{path}: {error.strerror or error}; it holds block {block}") from error
             except Exception as error:  # whatever a damaged header can lead to
-                raise CheckpointError(f"{path}, block {block}: {error}") from error
+                raise CheckpointError(f"{path} is damaged: {error}; it holds block {block}") from error
 
 
 def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -214,7 +196,7 @@ def _places(handle: BufferedReader) -> dict[str, Place]:
     """Dtype, shape, begin and end of every tensor that the file's own header names."""
     length = int.from_bytes(handle.read(8), "little")
     if not 2 <= length <= _LONGEST_HEADER:
-        raise ValueError("damaged: its header's length")
+        raise ValueError("its header's length")
     header = json.loads(handle.read(length).decode())
     begin = 8 + length
     return {
@@ -232,16 +214,16 @@ def _read(handle: BufferedReader, places: Mapping[str, Place], block: BlockEntry
         expected: torch.dtype = getattr(torch, entry.dtype)
         size = math.prod(entry.shape) * expected.itemsize
         if _DTYPES.get(dtype) != expected or shape != entry.shape or end - begin != size:
-            raise ValueError(f"damaged: tensor {entry.key} has another shape or dtype than the index says")
+            raise ValueError(f"tensor {entry.key} has another shape or dtype than the index says")
         tensor = torch.empty(entry.shape, dtype=expected, device="cpu")
         memory = _bytes(tensor)
         handle.seek(begin)
         if handle.readinto(memory) != len(memory):
-            raise ValueError(f"damaged: it ends within tensor {entry.key}")
+            raise ValueError(f"it ends within tensor {entry.key}")
         digest.update(memory)
         tensors[entry.key] = tensor
     if digest.hexdigest() != block.sha256:
-        raise ValueError("damaged: the block's checksum is not the index's")
+        raise ValueError("the block's checksum is not the index's")
     state = _unpacked(block.state, tensors)
     assert isinstance(state, dict)
     return state

@@ -168,8 +168,9 @@ def write_index(
     files: Iterable[BlockFile],
     foreign: Iterable[ForeignFile] = (),
     universal: Origin | None = None,
+    name: str = INDEX,
 ) -> None:
-    """Makes the files the folder's content, in one move.
+    """Writes an index in one move; under the name `INDEX` it makes the files the folder's content.
 
     Raises:
         CheckpointError: if the index would not be one that can be read.
@@ -183,8 +184,8 @@ def write_index(
     }
     content["sha256"] = _checksum(content)
     text = json.dumps(content, indent=1)
-    _parsed(folder / INDEX, text.encode())
-    replace_text(folder / INDEX, text)
+    _parsed(folder / name, text.encode())
+    replace_text(folder / name, text)
 
 
 def read_index(path: Path) -> Index:

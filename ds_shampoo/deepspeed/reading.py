@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_shampoo import saving
+from ds_shampoo.checkpoint.commit import finish
 from ds_shampoo.checkpoint.files import FOLDER, BlockReader
 from ds_shampoo.checkpoint.index import CheckpointError
 from ds_shampoo.checkpoint.latest import LATEST, UNIVERSAL, named_by, pointer
@@ -74,6 +75,9 @@ def _opened(
     by_name = options["tag"] is not None
     with together():
         found = _folder(engine, options)
+        if found is not None and dist.get_rank() == 0:
+            _finish(found / FOLDER)
+    with together():
         if found is not None and (found / FOLDER).is_dir():
             reader = BlockReader(found / FOLDER)
             _check_form(engine, reader, Path(options["load_dir"]), by_name)
@@ -106,6 +110,17 @@ def _folder(engine: Any, options: dict[str, Any]) -> Path | None:
     elif not (load_dir / str(tag)).is_dir():
         raise CheckpointError(f"tag = {tag!r}: there is no folder {load_dir / str(tag)}")
     return load_dir / str(tag) if tag is not None else None
+
+
+def _finish(folder: Path) -> None:
+    """Moves to its place what a save was killed over."""
+    try:
+        finish(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: a save was cut short when all was written but not moved to its place; that can't be done "
+            f"now: {error}"
+        ) from error
 
 
 def _check_form(engine: Any, reader: BlockReader, load_dir: Path, by_name: bool) -> None:

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from ds_shampoo.checkpoint.files import FOLDER, BlockReader, write_index
+from ds_shampoo.checkpoint.commit import finish
+from ds_shampoo.checkpoint.files import FOLDER, BlockReader
 from ds_shampoo.checkpoint.foreign import digest
-from ds_shampoo.checkpoint.index import CheckpointError, Origin, Pointer, replace_text
+from ds_shampoo.checkpoint.index import CheckpointError, Origin, Pointer, replace_text, write_index
 from ds_shampoo.checkpoint.latest import LATEST, UNIVERSAL, named_by, pointer
 
 # The files of model states that the two forms begin with.
@@ -43,6 +44,7 @@ def to_universal(folder: Path, tag: str | None = None, workers: int = 2) -> Path
     """
     tag = _tag(folder, tag)
     source, target = folder / tag, folder / f"{tag}_universal"
+    finish(source / FOLDER)
     reader = BlockReader(source / FOLDER)
     _refuse_unconvertible(source, reader)
     reader.verify(reader.blocks)

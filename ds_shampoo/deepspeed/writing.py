@@ -13,7 +13,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_shampoo import saving
-from ds_shampoo.checkpoint.files import FOLDER, discard_former, file_name, write_file
+from ds_shampoo.checkpoint.commit import NEXT, discard_former, finish, staging
+from ds_shampoo.checkpoint.files import FOLDER, file_name, write_file
 from ds_shampoo.checkpoint.foreign import digest
 from ds_shampoo.checkpoint.index import BlockFile, CheckpointError, ForeignFile, replace_text, write_index
 from ds_shampoo.checkpoint.latest import LATEST
@@ -27,21 +28,30 @@ logger = logging.getLogger("ds_shampoo")
 
 
 class WatchedWriter:
-    """DeepSpeed's checkpoint engine for the time of a save: what it wrote, and the first error, which waits.
+    """DeepSpeed's checkpoint engine for the time of a save: files go to another folder, and the first error waits.
 
     DeepSpeed has barriers after its writes. A rank that raised in a write would leave the others standing there.
     """
 
-    def __init__(self, inner: Any) -> None:
-        self.written: list[Path] = []
+    def __init__(self, inner: Any, folder: Path, instead: Path | None) -> None:
+        """What is meant for `folder` is written into `instead`, unless that is None."""
+        self.written: list[str] = []
         self.error: Exception | None = None
         self._inner = inner
+        self._folder = folder
+        self._instead = instead
 
     def save(self, state_dict: Any, path: Any) -> Any:
         """As the engine's own, but that nothing is raised, and nothing written after an error."""
-        self.attempt(self._inner.save)(state_dict, path)
-        if self.error is None:
-            self.written.append(Path(path))
+        self.attempt(self._save)(state_dict, Path(path))
+
+    def _save(self, state_dict: Any, path: Path) -> None:
+        if self._instead is None or path.parent.absolute() != self._folder.absolute():
+            self._inner.save(state_dict, str(path))
+            return
+        self._instead.mkdir(parents=True, exist_ok=True)
+        self._inner.save(state_dict, str(self._instead / path.name))
+        self.written.append(path.name)
 
     def makedirs(self, path: Any, exist_ok: bool = False) -> Any:
         """As the engine's own, but that nothing is raised."""
@@ -87,26 +97,29 @@ def save(
     if options["tag"] == "":
         raise ValueError("tag = '': must name the checkpoint; leave it out for DeepSpeed's global_step<number>")
     tag = str(options["tag"] if options["tag"] is not None else f"global_step{engine.global_steps}")
-    stamp = _agreed(tag, accumulation)
     folder = Path(options["save_dir"], tag, FOLDER)
+    stamp = _agreed(tag, accumulation)
+    with together():
+        if engine.global_rank == 0:
+            finish(folder)  # a save under this tag that was killed in its last moment
     files, header = _write_blocks(engine, optimizer, folder, stamp)
     # DeepSpeed writes `latest` in place; a kill in between would leave it empty.
-    ours = options["save_latest"] and not _commits_later(engine)
+    at_once = not _commits_later(engine)
+    ours = options["save_latest"] and at_once
     if ours:
         options["save_latest"] = False
-    with together(own_errors=True):
-        result, written = _write_deepspeeds(engine, deepspeeds)
+    unfinished = staging(folder, stamp) if at_once else None
+    result, written = _write_deepspeeds(engine, deepspeeds, folder.parent, unfinished)
     foreign: list[ForeignFile] = []
     with together():
-        if not _commits_later(engine):
-            folders = {path: path.absolute().parent for path in written}
-            foreign = [
-                digest(folder.parent, path.name) for path in written if folders[path] == folder.absolute().parent
-            ]
+        if unfinished is not None:
+            foreign = [digest(unfinished, name) for name in written]
     _write_index(engine, folder, header, files, foreign)
     with together():
-        if ours and engine.global_rank == 0:
-            replace_text(Path(options["save_dir"], LATEST), tag)
+        if engine.global_rank == 0:
+            finish(folder)
+            if ours:
+                replace_text(Path(options["save_dir"], LATEST), tag)
     if engine.global_rank == 0:
         try:
             discard_former(folder)
@@ -160,23 +173,27 @@ def _written(folder: Path, name: str, states: Mapping[str, Mapping[str, Any]]) -
         raise CheckpointError(f"{folder / name}: {error}") from error
 
 
-def _write_deepspeeds(engine: Any, deepspeeds: Callable[[], Any]) -> tuple[Any, list[Path]]:
-    """DeepSpeed's own save: its result, and the files that this rank wrote.
+def _write_deepspeeds(
+    engine: Any, deepspeeds: Callable[[], Any], folder: Path, instead: Path | None
+) -> tuple[Any, list[str]]:
+    """DeepSpeed's own save: its result, and the names of the files that this rank wrote into `instead`.
 
     Raises:
-        CheckpointError: if a write failed here; by then the other ranks are through as well.
+        CheckpointError: on all ranks, if any of them failed to write a file.
     """
     usual = engine.checkpoint_engine
-    watched = WatchedWriter(usual)
-    engine.checkpoint_engine = watched
-    engine._copy_recovery_script = watched.attempt(engine._copy_recovery_script)
-    try:
-        result = deepspeeds()
-    finally:
-        engine.checkpoint_engine = usual
-        del engine._copy_recovery_script
-    if watched.error is not None:
-        raise CheckpointError(f"DeepSpeed's files: {type(watched.error).__name__}: {watched.error}") from watched.error
+    watched = WatchedWriter(usual, folder, instead)
+    with together(own_errors=True):
+        engine.checkpoint_engine = watched
+        engine._copy_recovery_script = watched.attempt(engine._copy_recovery_script)
+        try:
+            result = deepspeeds()
+        finally:
+            engine.checkpoint_engine = usual
+            del engine._copy_recovery_script
+    with together():
+        if watched.error is not None:
+            raise watched.error
     return result, watched.written
 
 
@@ -187,7 +204,7 @@ def _write_index(
     files: list[BlockFile],
     foreign: list[ForeignFile],
 ) -> None:
-    """One rank writes the index of all.
+    """One rank writes the index of all, by which the save is complete.
 
     Raises:
         CheckpointError: on all ranks, if it can't, or if a block has two owners.
@@ -202,7 +219,7 @@ def _write_index(
         if engine.global_rank == 0:
             steps = {name: step for _, _, each in gathered for name, step in each.items()}
             all_foreign = {file.name: file for _, each, _ in gathered for file in each}
-            write_index(folder, {**header, "steps": steps}, all_files, all_foreign.values())
+            write_index(folder, {**header, "steps": steps}, all_files, all_foreign.values(), name=NEXT)
 
 
 def _commits_later(engine: Any) -> bool:

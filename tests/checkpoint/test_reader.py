@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_shampoo.checkpoint.files import INDEX, BlockReader, CheckpointError, discard_former, write_file, write_index
-from ds_shampoo.checkpoint.index import ForeignFile
+from ds_shampoo.checkpoint.commit import discard_former
+from ds_shampoo.checkpoint.files import INDEX, BlockReader, CheckpointError, write_file
+from ds_shampoo.checkpoint.index import ForeignFile, write_index
 
 STAMP = "0123456789abcdef" * 2
 HEADER = {
@@ -112,12 +113,12 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(shared: tuple[Path, dict[st
     usual = (folder / name).read_bytes()
     bits = [(at, bit) for at in range(len(usual)) for bit in range(8)]
     refused = 0
-    for at, bit in random.Random(3).sample(bits, 1500):
+    for at, bit in random.Random(3).sample(bits, 600):
         (folder / name).write_bytes(usual[:at] + bytes([usual[at] ^ 1 << bit]) + usual[at + 1 :])
         refused += not reads_the_same(folder, expected)
     (folder / name).write_bytes(usual)
     assert reads_the_same(folder, expected)
-    assert refused > 1000  # of the index, white space may flip
+    assert refused > 400  # of the index, white space may flip
 
 
 def reads_the_same(folder: Path, expected: dict[str, Any]) -> bool:
@@ -147,7 +148,7 @@ def test_a_damaged_file_is_refused_or_changes_nothing(
         (folder / name).write_bytes(usual)
 
 
-REPLACEMENTS = [None, True, -1, 2.5, 2**64, "", "x", "../x", [], {}, [None], {"x": 1}]
+REPLACEMENTS = [None, True, -1, 2.5, 2**64, "../x", [None], {"x": 1}]
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

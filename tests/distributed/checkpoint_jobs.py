@@ -152,7 +152,7 @@ def damaged_in_turn(config: dict[str, Any], folder: str, damages: list[tuple[str
     return found
 
 
-def failing_on_one_rank(config: dict[str, Any], folder: str, what: str, error: str) -> tuple[str, str, bool]:
+def failing_on_one_rank(config: dict[str, Any], folder: str, what: str, rank: int, error: str) -> tuple[str, str, bool]:
     """A save or load in which one call fails on one rank only.
 
     Returns:
@@ -163,16 +163,16 @@ def failing_on_one_rank(config: dict[str, Any], folder: str, what: str, error: s
     def fail(*_: Any, **__: Any) -> Any:
         raise errors[error]
 
-    rank, place, name = {
-        "latest": (0, "ds_shampoo.deepspeed.writing", "replace_text"),
-        "index": (0, "ds_shampoo.deepspeed.writing", "write_index"),
-        "blocks": (1, "ds_shampoo.deepspeed.writing", "write_file"),
-        "digest": (1, "ds_shampoo.deepspeed.writing", "digest"),
-        "deepspeed": (1, "torch", "save"),
-        "script": (0, "deepspeed.runtime.engine", "copyfile"),
-        "read": (1, "ds_shampoo.checkpoint.files", "_read"),
-        "verify": (1, "ds_shampoo.checkpoint.files", "differs"),
-        "open": (1, "ds_shampoo.deepspeed.reading", "BlockReader"),
+    place, name = {
+        "latest": ("ds_shampoo.deepspeed.writing", "replace_text"),
+        "index": ("ds_shampoo.deepspeed.writing", "write_index"),
+        "blocks": ("ds_shampoo.deepspeed.writing", "write_file"),
+        "digest": ("ds_shampoo.deepspeed.writing", "digest"),
+        "deepspeed": ("torch", "save"),
+        "script": ("deepspeed.runtime.engine", "copyfile"),
+        "read": ("ds_shampoo.checkpoint.files", "_read"),
+        "verify": ("ds_shampoo.checkpoint.files", "differs"),
+        "open": ("ds_shampoo.deepspeed.reading", "BlockReader"),
     }[what]
     with engine_of(config) as engine, pytest.MonkeyPatch.context() as patch:
         train(engine, 0, 1)
@@ -224,8 +224,7 @@ def saves(engine: Any, folder: str) -> bool:
     try:
         engine.save_checkpoint(folder, "any")
     except ds_shampoo.checkpoint.files.CheckpointError as error:
-        assert "between micro-batches" in str(error)
-        return False
+        return "between micro-batches" not in str(error)
     return True
 
 
