@@ -1,9 +1,9 @@
 """How a save takes effect at one moment, also over another one in the same folder.
 
 The framework's files are written into a folder of their own, `unfinished-<stamp>`, and the index of the whole save
-beside the one in force, as `index.json.next`. From the moment when that stands the save counts: `finish` moves everything to
-its place, and whoever loads after a kill in the middle of it calls `finish` first. Before that moment nothing of the
-former save was touched.
+beside the one in force, as `index.json.next`. From the moment when that stands the save counts: `finish` moves
+everything to its place, and whoever loads after a kill in the middle of it calls `finish` first. Before that moment
+nothing of the former save was touched.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import checkpoint_jobs, jobs
+from tests.distributed import checkpoint_jobs
 from tests.distributed.jobs import SHAMPOO, engine_config
 from tests.distributed.pool import WorkerPool
 
@@ -56,11 +56,6 @@ def test_a_step_that_overflowed_is_a_step(pools: Pools, tmp_path: Path, stage: i
     (found,) = pools(1).run(checkpoint_jobs.overflow_then_save, config, str(tmp_path))
     assert found[0] > 0
     assert found[1]
-
-
-def test_between_micro_batches_all_ranks_refuse(pools: Pools, tmp_path: Path) -> None:
-    for message in pools(2).run(jobs.saving_between_micro_batches, engine_config(SHAMPOO, 2, 2, 2), str(tmp_path)):
-        assert message.startswith("rank 0: save_checkpoint between micro-batches")
 
 
 def test_what_was_frozen_at_the_start_counts(pools: Pools, tmp_path: Path) -> None:
