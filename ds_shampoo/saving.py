@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -82,7 +83,7 @@ def check(units: Sequence[Piece], reader: BlockReader) -> None:
         CheckpointError: naming the block that is missing or has another shape although blocks are cut as they
             were, or whose state no block can have; or the file that is missing or damaged.
     """
-    same_cut = reader.header.cut == _cuts(units)
+    same_cut = reader.header.cut == json.loads(json.dumps(_cuts(units)))
     fitting: dict[str, Block] = {}
     for unit in units:
         for block, *_ in unit.sharded.slots():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FORMAT = 3
 INDEX = "index.json"
@@ -107,6 +107,7 @@ class Header(Strict):
 
     Attributes:
         stamp: one per save, on all of its files.
+        scheduled: by param group, the settings that are the checkpoint's and not the JSON's.
     """
 
     stamp: Stamp
@@ -117,7 +118,7 @@ class Header(Strict):
     tensor_parallel: Positive
     pipeline_stages: Positive
     expert_groups: list[str]
-    learning_rates: list[dict[str, FiniteFloat]]
+    scheduled: list[dict[str, Any]]
     settings: list[dict[str, Any]]
     cut: list[dict[str, Any]]
     steps: dict[str, Count]

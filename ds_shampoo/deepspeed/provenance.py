@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from ds_shampoo.checkpoint.files import FOLDER, BlockReader, CheckpointError
+from ds_shampoo.optimizer import Shampoo
 
 
-def describe(engine: Any, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def describe(engine: Any, optimizer: Shampoo) -> dict[str, Any]:
     """What the index records of the job that saves."""
     return {
         "ds_shampoo": version("ds-shampoo"),
@@ -24,9 +24,7 @@ def describe(engine: Any, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]
         "tensor_parallel": _slices(engine),
         "pipeline_stages": _stages(engine),
         "expert_groups": _expert_groups(engine),
-        "learning_rates": [
-            {key: float(group[key]) for key in ("lr", "initial_lr") if key in group} for group in groups
-        ],
+        "scheduled": [{key: _plain(value) for key, value in group.items()} for group in optimizer.scheduled()],
     }
 
 
@@ -87,6 +85,13 @@ def without_blocks(folder: Path) -> str:
 def slice_rank(engine: Any) -> int:
     """This rank's number among the tensor-parallel ones."""
     return int(engine.mpu.get_tensor_model_parallel_rank()) if _slices(engine) > 1 else 0
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if hasattr(value, "tolist"):  # a tensor, or a number of numpy's
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _slices(engine: Any) -> int:

@@ -51,9 +51,10 @@ def load(engine: Any, optimizer: Shampoo, options: dict[str, Any], deepspeeds: C
     if result[0] is None:
         return result
     if reader is not None:
-        units = optimizer.units()
+        units = optimizer.units(to_load=True)
         with together():
             saving.restore(units, reader)
+        optimizer.mend()
     elif wanted:
         if optimizer.took_up_shampoo:
             raise CheckpointError(without_blocks(Path(result[0]).parent))
@@ -71,7 +72,7 @@ def _opened(
     Args:
         wanted: whether the blocks are, and not the weights alone.
     """
-    reader, units = None, optimizer.units()  # which all ranks have to build at once
+    reader, units = None, optimizer.units(to_load=True)  # which all ranks have to build at once
     by_name = options["tag"] is not None
     with together():
         found = _folder(engine, options)
@@ -172,10 +173,10 @@ def _expect_moments(engine: Any, optimizer: Shampoo) -> None:
 def _keep_settings(optimizer: Shampoo, before: Sequence[Mapping[str, Any]], reader: BlockReader | None) -> None:
     """Puts the param groups' settings back, which DeepSpeed's universal loader replaces, at stage 3 all by the first's.
 
-    The learning rates are the checkpoint's, as they are without it.
+    What was changed since the groups were made, the learning rates above all, is the checkpoint's, as without it.
     """
-    rates = reader.header.learning_rates if reader is not None else []
+    scheduled = reader.header.scheduled if reader is not None else []
     for number, (group, former) in enumerate(zip(optimizer.param_groups, before, strict=True)):
         group.update({key: value for key, value in former.items() if key != "params"})
-        if len(rates) == len(before):
-            group.update(rates[number])
+        if len(scheduled) == len(before):
+            group.update({key: tuple(v) if isinstance(v, list) else v for key, v in scheduled[number].items()})

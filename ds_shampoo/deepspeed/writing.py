@@ -151,8 +151,9 @@ def _write_blocks(engine: Any, optimizer: Shampoo, folder: Path, stamp: str) -> 
     Returns:
         The files, and this rank's part of the header.
     """
-    units, files = optimizer.units(), []  # which all ranks have to build at once
+    files: list[BlockFile] = []
     with together():
+        units = optimizer.units()  # which a rank refuses after a step that broke
         states, header = saving.blocks_state(unit.sharded for unit in units), saving.header(units)
         if slice_rank(engine) > 0:  # what is not sliced is written by the first of those that have it
             sliced = optimizer.sliced_parameters()
@@ -162,7 +163,7 @@ def _write_blocks(engine: Any, optimizer: Shampoo, folder: Path, stamp: str) -> 
         files.append(_written(folder, name, states))
         if weights:
             files.append(_written(folder, f"experts-{name}", weights))
-        header |= {**describe(engine, optimizer.param_groups), "stamp": stamp}
+        header |= {**describe(engine, optimizer), "stamp": stamp}
     return files, header
 
 

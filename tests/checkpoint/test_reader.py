@@ -32,7 +32,7 @@ HEADER = {
     "tensor_parallel": 1,
     "pipeline_stages": 1,
     "expert_groups": [],
-    "learning_rates": [{"lr": 0.1, "initial_lr": 1e-5}],
+    "scheduled": [{"lr": 0.1, "initial_lr": 1e-5}],
     "settings": [{"lr": 0.1, "betas": [0.9, 0.95]}],
     "cut": [{"block_size": 24}],
     "steps": {"a.weight": 3, "b.weight": 3},
@@ -209,7 +209,7 @@ def test_with_a_new_checksum_nothing_but_a_checkpoint_error_comes_out(shared: tu
                 continue
             taken.append(path)
     (folder / INDEX).write_text(usual)
-    free = ("settings", "cut", "steps", "learning_rates", "expert_groups", "ds_shampoo", "optimizer", "state")
+    free = ("settings", "cut", "steps", "scheduled", "expert_groups", "ds_shampoo", "optimizer", "state")
     others = [path for path in taken if not set(path) & set(free)]
     assert {path[-1] for path in others} <= {
         "sha256", "files", "blocks", "foreign", "universal", "name", "size", 0, 1, "global_steps", "world_size",

@@ -318,3 +318,23 @@ def going_on_under_one_tag(config: dict[str, Any], folder: str) -> None:
         engine.load_checkpoint(folder)
         train(engine, 3, 2)
         engine.save_checkpoint(folder, Path(folder, "latest").read_text())
+
+
+def broken_on_one_rank(config: dict[str, Any], folder: str) -> tuple[str, bool]:
+    """A step that fails half-way on rank 1: what saving says on all ranks, and whether loading mends it."""
+    with engine_of(config) as engine:
+        train(engine, 0, 1)
+        engine.save_checkpoint(folder, "good")
+        before = fingerprint(engine, engine.basic_optimizer)
+        train(engine, 1, 1)
+        if dist.get_rank() == 1:
+            engine.basic_optimizer._transaction.fail(RuntimeError("out of memory"))
+        message = ""
+        try:
+            engine.save_checkpoint(folder, "bad")
+        except ds_shampoo.checkpoint.files.CheckpointError as error:
+            message = str(error)
+        engine.load_checkpoint(folder)
+        same = fingerprint(engine, engine.basic_optimizer) == before
+        train(engine, 1, 1)
+        return message, same

@@ -263,3 +263,9 @@ def kill_conversion(patch: pytest.MonkeyPatch, point: str, converted: Path) -> N
         patch.setattr(conversion, name, second_only)
     else:
         patch.setattr(conversion, name, deadly)
+
+
+def test_after_a_step_that_broke_saving_is_refused_by_all_and_loading_mends(pools: Pools, tmp_path: Path) -> None:
+    for message, same in pools(2).run(checkpoint_jobs.broken_on_one_rank, engine_config(SHAMPOO, 2, 2), str(tmp_path)):
+        assert message.startswith("rank 1: BrokenStepError: ")
+        assert same
