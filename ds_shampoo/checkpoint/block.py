@@ -50,11 +50,12 @@ def misfit(state: Mapping[str, Any], block: Block) -> str:
         first = error.errors(include_url=False)[0]
         return f"its {'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
     packed = [(packed_numel(dim),) for dim in block.factor_dims]
+    whole = [(dim, dim) for dim in block.factor_dims]
     problems = [
         _shapes("factors", found.factors, packed),
-        _shapes("roots", found.roots, [(dim, dim) for dim in block.factor_dims]),
+        _shapes("roots", found.roots, whole),
         # Before the first root there is nothing that one was made of.
-        _shapes("rooted", found.rooted, packed) if len(found.rooted) >= len(packed) else "",
+        _shapes("rooted", found.rooted, whole) if len(found.rooted) >= len(packed) else "",
         "" if len(found.solved) == len(packed) else f"its solved are {len(found.solved)}, not {len(packed)}",
     ]
     if found.pending is not None:

@@ -37,18 +37,8 @@ def test_what_was_given_fits(saved: tuple[Block, dict[str, Any]]) -> None:
     assert misfit({**state, "of another release": 1}, block) == ""
 
 
-OTHERS = [
-    None,
-    -1,
-    2.5,
-    "x",
-    [],
-    {},
-    [None],
-    torch.zeros(()),
-    [torch.zeros(3)],
-    [torch.zeros(1, dtype=torch.int64)] * 2,
-]
+INTEGERS = torch.zeros(1, dtype=torch.int64)
+OTHERS = [None, -1, 2.5, "x", [], {}, [None], torch.zeros(()), [torch.zeros(3)], [INTEGERS, INTEGERS]]
 
 
 def places(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
