@@ -51,6 +51,8 @@ def misfit(state: Mapping[str, Any], block: Block) -> str:
         return f"its {'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
     packed = [(packed_numel(dim),) for dim in block.factor_dims]
     whole = [(dim, dim) for dim in block.factor_dims]
+    if (found.origin, found.shape) != (list(block.origin), list(block.shape)):
+        return f"its place is {found.origin}, {found.shape}, not {list(block.origin)}, {list(block.shape)}"
     problems = [
         _shapes("factors", found.factors, packed),
         _shapes("roots", found.roots, whole),
