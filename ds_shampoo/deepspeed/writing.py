@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -102,18 +104,17 @@ def save(
     with together():
         if engine.global_rank == 0:
             finish(folder)  # a save under this tag that was killed in its last moment
-    files, header = _write_blocks(engine, optimizer, folder, stamp)
     # DeepSpeed writes `latest` in place; a kill in between would leave it empty.
     at_once = not _commits_later(engine)
     ours = options["save_latest"] and at_once
     if ours:
         options["save_latest"] = False
-    unfinished = staging(folder, stamp) if at_once else None
-    result, written = _write_deepspeeds(engine, deepspeeds, folder.parent, unfinished)
-    foreign: list[ForeignFile] = []
-    with together():
-        if unfinished is not None:
-            foreign = [digest(unfinished, name) for name in written]
+    try:
+        files, header = _write_blocks(engine, optimizer, folder, stamp)
+        result, foreign = _write_deepspeeds(engine, deepspeeds, folder.parent, stamp if at_once else None)
+    except Exception:
+        _give_up(engine, folder, stamp)
+        raise
     _write_index(engine, folder, header, files, foreign)
     with together():
         if engine.global_rank == 0:
@@ -174,15 +175,28 @@ def _written(folder: Path, name: str, states: Mapping[str, Mapping[str, Any]]) -
         raise CheckpointError(f"{folder / name}: {error}") from error
 
 
+def _give_up(engine: Any, folder: Path, stamp: str) -> None:
+    """Removes what this rank wrote of a save that failed on any: the disk may be full."""
+    with contextlib.suppress(OSError):
+        for name in (file_name(engine.global_rank, stamp), f"experts-{file_name(engine.global_rank, stamp)}"):
+            (folder / name).unlink(missing_ok=True)
+        if engine.global_rank == 0:
+            shutil.rmtree(staging(folder, stamp), ignore_errors=True)
+
+
 def _write_deepspeeds(
-    engine: Any, deepspeeds: Callable[[], Any], folder: Path, instead: Path | None
-) -> tuple[Any, list[str]]:
-    """DeepSpeed's own save: its result, and the names of the files that this rank wrote into `instead`.
+    engine: Any, deepspeeds: Callable[[], Any], folder: Path, stamp: str | None
+) -> tuple[Any, list[ForeignFile]]:
+    """DeepSpeed's own save: its result, and the files that this rank wrote.
+
+    Args:
+        folder: the checkpoint's.
+        stamp: of the save, for files that wait for its end; None where they are written later, in the background.
 
     Raises:
         CheckpointError: on all ranks, if any of them failed to write a file.
     """
-    usual = engine.checkpoint_engine
+    usual, instead = engine.checkpoint_engine, staging(folder / FOLDER, stamp) if stamp is not None else None
     watched = WatchedWriter(usual, folder, instead)
     with together(own_errors=True):
         engine.checkpoint_engine = watched
@@ -195,7 +209,8 @@ def _write_deepspeeds(
     with together():
         if watched.error is not None:
             raise watched.error
-    return result, watched.written
+        foreign = [digest(instead, name) for name in watched.written] if instead is not None else []
+    return result, foreign
 
 
 def _write_index(

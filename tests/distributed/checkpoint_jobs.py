@@ -191,6 +191,9 @@ def failing_on_one_rank(config: dict[str, Any], folder: str, what: str, rank: in
         assert fingerprint(engine, engine.basic_optimizer) == before
         patch.undo()
         assert Path(folder, "latest").read_text() == "first"
+        dist.barrier()
+        if what in ("blocks", "digest", "deepspeed", "script"):
+            assert not list(Path(folder, "second", "shampoo").iterdir())
         train(engine, 1, 1)
         engine.save_checkpoint(folder, "third")
         return message, kind, Path(folder, "latest").read_text() == "third"
