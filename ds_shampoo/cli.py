@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_shampoo.checkpoint.files import CheckpointError
+from ds_shampoo.checkpoint.index import CheckpointError
 from ds_shampoo.deepspeed.universal import to_universal
 
 
@@ -22,13 +22,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     universal.add_argument("folder", type=Path, help="what save_checkpoint was given as its folder")
     universal.add_argument("--tag", help="the checkpoint (default: the one that the file `latest` names)")
-    universal.add_argument("--workers", type=int, default=2, help="processes to convert with (default: %(default)s)")
+    universal.add_argument(
+        "--workers", type=_positive, default=2, help="processes to convert with (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         target = to_universal(options.folder, options.tag, options.workers)
-    except (CheckpointError, OSError, subprocess.CalledProcessError) as error:
+    except (CheckpointError, OSError, ValueError, subprocess.CalledProcessError) as error:
         sys.exit(f"ds-shampoo: error: {error}")
     print(f'{target}: load it with "checkpoint": {{"load_universal": true}} in the DeepSpeed JSON')
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
 
 
 if __name__ == "__main__":

@@ -324,14 +324,22 @@ class Shampoo(Optimizer):
     def places(self, places: dict[Block, int]) -> None:
         self._units.places = places
 
-    def units(self) -> list[Piece]:
+    def units(self, to_load: bool = False) -> list[Piece]:
         """All that has blocks, stepped at present or not, with its present settings and state.
+
+        Args:
+            to_load: to put a state there, after which `mend` is to be called.
 
         Raises:
             BrokenStepError: if a step failed half-way, and so there is nothing to save.
         """
-        self._transaction.check()
+        if not to_load:
+            self._transaction.check()
         return self._all_pieces()
+
+    def mend(self) -> None:
+        """For whoever has loaded all of the state, by other ways than `load_state_dict` too."""
+        self._transaction.mend()
 
     def scheduled(self) -> list[dict[str, Any]]:
         """By param group, what a checkpoint brings back: its learning rate, and what was changed since it was made."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
+from ds_shampoo.checkpoint.block import misfit
 from ds_shampoo.checkpoint.files import BlockReader, CheckpointError
 from ds_shampoo.config import GroupSettings, SettingsError
 from ds_shampoo.group import ShardedGroup
@@ -75,28 +77,39 @@ def own_blocks(units: Sequence[Piece]) -> set[str]:
 
 
 def check(units: Sequence[Piece], reader: BlockReader) -> None:
-    """Holds a checkpoint's folder against this rank's blocks, and their files against their checksums.
+    """Holds a checkpoint's folder against this rank's blocks, and reads those that fit.
 
     Raises:
         CheckpointError: naming the block that is missing or has another shape although blocks are cut as they
-            were; or the file that is missing or damaged.
+            were, or whose state no block can have; or the file that is missing or damaged.
     """
-    if reader.header.get("cut") == _cuts(units):
-        for unit in units:
-            for block, *_ in unit.sharded.slots():
-                if not reader.holds(str(block), block.origin, block.shape):
-                    raise CheckpointError(
-                        f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another model"
-                    )
-    reader.verify(own_blocks(units) & set(reader.blocks))
+    same_cut = reader.header.cut == json.loads(json.dumps(_cuts(units)))
+    fitting: dict[str, Block] = {}
+    for unit in units:
+        for block, *_ in unit.sharded.slots():
+            if reader.holds(str(block), block.origin, block.shape):
+                fitting[str(block)] = block
+            elif same_cut:
+                raise CheckpointError(
+                    f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another model"
+                )
+    reader.fetch(fitting)
+    for name, block in fitting.items():
+        problem = misfit(reader.read(name), block)
+        if problem:
+            raise CheckpointError(f"{reader.folder}, block {name}: {problem}")
 
 
 def restore(units: Sequence[Piece], reader: BlockReader) -> None:
-    """Takes this rank's blocks and step counts from a checked folder; blocks that were cut otherwise start fresh."""
+    """Takes this rank's blocks and step counts from a checked folder; blocks that were cut otherwise start fresh.
+
+    Raises:
+        CheckpointError: if the framework's files, which are loaded by then, have other step counts than the blocks.
+    """
     fresh: list[str] = []
     for unit in units:
         for name, state in unit.sharded.states_by_name(unit.states).items():
-            state["step"] = int(reader.header["steps"].get(name, state["step"]))
+            _count_as_saved(name, state, reader)
         for block, stack, keeper, slot in unit.sharded.slots():
             if reader.holds(str(block), block.origin, block.shape):
                 _load(block, stack, keeper, slot, reader.read(str(block)), unit.settings)
@@ -107,6 +120,19 @@ def restore(units: Sequence[Piece], reader: BlockReader) -> None:
             "%d of this rank's %d blocks were cut otherwise in the checkpoint and start fresh, %s first",
             len(fresh), len(own_blocks(units)), fresh[0],
         )  # fmt: skip
+
+
+def _count_as_saved(name: str, state: dict[str, Any], reader: BlockReader) -> None:
+    """Holds a parameter's step count against the index; a universal checkpoint has one for all, and gets its own."""
+    saved = reader.header.steps.get(name)
+    if saved is None:
+        return
+    if reader.index.universal is None and "step" in state and int(state["step"]) != saved:
+        raise CheckpointError(
+            f"{reader.folder}: {name} was saved after {saved} steps, but DeepSpeed's files are of step "
+            f"{int(state['step'])}: two saves are mixed; load another checkpoint into a new engine"
+        )
+    state["step"] = saved
 
 
 def _cuts(units: Sequence[Piece]) -> list[dict[str, Any]]:

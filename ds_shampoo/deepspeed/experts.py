@@ -105,7 +105,7 @@ class ExpertWeights:
         }
 
     def check(self, reader: BlockReader) -> None:
-        """Holds a checkpoint's folder against what this rank needs of it.
+        """Holds a checkpoint's folder against what this rank needs of it, and reads that.
 
         Raises:
             CheckpointError: for weights that are missing or damaged.
@@ -115,7 +115,11 @@ class ExpertWeights:
             raise CheckpointError(
                 f"{reader.folder} lacks the weights of {len(missing)} of the experts', {missing[0]} first"
             )
-        reader.verify(self._keys.values())
+        keys = set(self._keys.values())
+        reader.fetch(keys)
+        for key in sorted(keys):
+            if not isinstance(reader.read(key).get(_WEIGHT), Tensor):
+                raise CheckpointError(f"{reader.folder}, {key}: it is no expert's weight")
 
     def loader(self, reader: BlockReader, strict: bool, own: Callable[..., Any] | None) -> Callable[..., None]:
         """A `custom_load_fn` for DeepSpeed's `load_checkpoint`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,20 @@ import torch
 import torch.distributed as dist
 
 from ds_shampoo.checkpoint.files import FOLDER, BlockReader, CheckpointError
+from ds_shampoo.optimizer import Shampoo
 
 
-def describe(engine: Any, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def describe(engine: Any, optimizer: Shampoo) -> dict[str, Any]:
     """What the index records of the job that saves."""
     return {
         "ds_shampoo": version("ds-shampoo"),
         "optimizer": type(engine.optimizer).__name__,
+        "global_steps": engine.global_steps,
         "world_size": dist.get_world_size(),
         "tensor_parallel": _slices(engine),
         "pipeline_stages": _stages(engine),
         "expert_groups": _expert_groups(engine),
-        "learning_rates": [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in groups],
+        "scheduled": [{key: _plain(value) for key, value in group.items()} for group in optimizer.scheduled()],
     }
 
 
@@ -33,7 +34,7 @@ def check_world(engine: Any, reader: BlockReader) -> None:
     Raises:
         CheckpointError: for another number of ranks, or another layout of the optimizer's state.
     """
-    slices = reader.header["tensor_parallel"]
+    slices = reader.header.tensor_parallel
     if slices != _slices(engine):
         raise CheckpointError(
             f"{reader.folder}: saved at tensor-parallel size {slices}, to be loaded at {_slices(engine)}; DeepSpeed "
@@ -41,16 +42,16 @@ def check_world(engine: Any, reader: BlockReader) -> None:
         )
     if engine.load_universal_checkpoint():
         return
-    saved, present = reader.header["optimizer"], type(engine.optimizer).__name__
-    ranks, here = reader.header["world_size"], dist.get_world_size()
+    saved, present = reader.header.optimizer, type(engine.optimizer).__name__
+    ranks, here = reader.header.world_size, dist.get_world_size()
     advice = "convert it with `ds-shampoo to-universal` and set checkpoint.load_universal"
-    stages = reader.header["pipeline_stages"]
+    stages = reader.header.pipeline_stages
     if stages != _stages(engine):
         raise CheckpointError(
             f"{reader.folder}: saved over {stages} pipeline stages, to be loaded over {_stages(engine)}; if that was "
             f"at ZeRO stage 1, {advice}"
         )
-    experts, expected = reader.header["expert_groups"], _expert_groups(engine)
+    experts, expected = reader.header.expert_groups, _expert_groups(engine)
     if experts != expected:
         raise CheckpointError(
             f"{reader.folder}: experts lay over {experts} when this was saved, and lie over {expected} now; DeepSpeed "
@@ -84,6 +85,13 @@ def without_blocks(folder: Path) -> str:
 def slice_rank(engine: Any) -> int:
     """This rank's number among the tensor-parallel ones."""
     return int(engine.mpu.get_tensor_model_parallel_rank()) if _slices(engine) > 1 else 0
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if hasattr(value, "tolist"):  # a tensor, or a number of numpy's
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _slices(engine: Any) -> int:
