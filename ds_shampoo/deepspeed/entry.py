@@ -63,6 +63,8 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     if hasattr(engine.mpu, "shampoo_prepare"):
         engine.mpu.shampoo_prepare(engine.module)
     groups = adopt(engine, params)
+    if engine.zero_optimization():
+        groups = _floats_first(groups)
     optimizer = Shampoo(groups, **settings, model=engine.module, layout=layout_for(engine))
     refuse_factors_of_tied_layers(engine, optimizer.param_groups)
     refuse_norms_of_slices(engine, optimizer.param_groups)
@@ -114,6 +116,20 @@ def initialize(
     if ours:
         engine.basic_optimizer.prepare()  # done already, but by a DeepSpeed of which no moment for it is known
     return engine, *rest
+
+
+def _floats_first(members: Iterable[Any]) -> list[Any]:
+    """Parameters or param groups with integers, as quantised weights are, behind what is trained.
+
+    ZeRO takes the first parameter's dtype for everyone's, and would round all gradients to bytes.
+    """
+    return sorted(
+        (
+            {**member, "params": _floats_first(member["params"])} if isinstance(member, dict) else member
+            for member in members
+        ),
+        key=lambda member: isinstance(member, Tensor) and not member.is_floating_point(),
+    )
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

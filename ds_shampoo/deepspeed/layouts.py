@@ -212,20 +212,27 @@ class SubGroupLayout(_EngineLayout):
         return tensor.numel() < self._size(tensor)
 
     def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        """Those of the sub-group, and with the first of a param group those that nobody trains, in no sub-group."""
+        zero, number = self._zero(), self._number(held)
         by_tensor = {id(parameter.tensor): parameter for parameter in originals}
-        tensors = self._zero().fp16_groups[self._number(held)]
+        tensors = zero.fp16_groups[number]
         if any(id(tensor) not in by_tensor for tensor in tensors):
             raise _misread("a sub-group holds a parameter that is not of its param group")
-        return [by_tensor[id(tensor)] for tensor in tensors]
+        mine = [by_tensor[id(tensor)] for tensor in tensors]
+        if zero.sub_group_to_group_id[number] in [zero.sub_group_to_group_id[other] for other in range(number)]:
+            return mine
+        placed = {id(tensor) for group in zero.fp16_groups for tensor in group}
+        return mine + [parameter for parameter in originals if id(parameter.tensor) not in placed]
 
     def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
         zero, flat = self._zero(), held[0]
+        mine = {id(tensor) for tensor in zero.fp16_groups[self._number(held)]}
         ask = getattr(zero, "_get_sub_group_process_group", None)
         group = ask(self._number(held)) if ask is not None else zero.dp_process_group
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         fragments: list[Fragment] = []
         offset = 0
-        for parameter in members:
+        for parameter in [member for member in members if id(member.tensor) in mine]:
             size = parameter.tensor.partition_numel()  # type: ignore[attr-defined]
             numel = math.prod(parameter.shape)
             for owner in range(world_size):

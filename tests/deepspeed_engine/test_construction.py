@@ -180,9 +180,8 @@ def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def change_masters(engine: Any, how: str) -> None:
     """What a user may do with weights once the engine is there, before the first step."""
-    from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
-
     import deepspeed
+    from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 
     for parameter in engine.module.parameters():
         if how == "full":
