@@ -179,7 +179,7 @@ def parse(settings: Mapping[str, Any]) -> ShampooConfig:
             "after its statistics; for roots computed within the step set root_overlap to false"
         )
     check_delay(config, config.root_delay)
-    check_rescaling(config)
+    _check_combinations(config)
     return config
 
 
@@ -195,12 +195,17 @@ def check_delay(settings: GroupSettings, delay: int | None) -> None:
         )
 
 
-def check_rescaling(settings: GroupSettings) -> None:
-    """Refuses roots that are rescaled again and again in a dtype that rounds each time; it adds up.
+def _check_combinations(settings: GroupSettings) -> None:
+    """Refuses what adds up from step to step: roots rescaled in a dtype that rounds each time, decay past zero.
 
     Raises:
         SettingsError: naming both settings.
     """
+    if settings.lr * settings.weight_decay >= 2:
+        raise SettingsError(
+            f"Shampoo setting 'weight_decay' = {settings.weight_decay} with 'lr' = {settings.lr}: their product must "
+            "be below 2: weights would grow with every step, in turns of sign"
+        )
     if settings.root_refresh_threshold > 0 and settings.root_dtype != "float32":
         raise SettingsError(
             f"Shampoo setting 'root_dtype' = '{settings.root_dtype}': must be 'float32' where root_refresh_threshold "
@@ -231,7 +236,7 @@ def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupS
         raise SettingsError(f"param group key 'preconditioned' = {preconditioned!r}: must be true or false")
     known = {key: value for key, value in own.items() if key in GroupSettings.model_fields}
     settings = _validate(GroupSettings, {**defaults, **known})
-    check_rescaling(settings)
+    _check_combinations(settings)
     return settings
 
 
@@ -250,7 +255,7 @@ def checked_settings(present: Mapping[str, Any]) -> GroupSettings:
         SettingsError: for a value of a wrong type or out of range, or a combination that is not available.
     """
     settings = _validate(GroupSettings, present)
-    check_rescaling(settings)
+    _check_combinations(settings)
     return settings
 
 
