@@ -90,7 +90,9 @@ def test_keys_together(chosen: dict[str, Any]) -> None:
 
 def test_a_decay_past_zero_is_refused() -> None:
     for decoupled in (True, False):
-        with pytest.raises(SettingsError, match="'weight_decay' = 20.0 with 'lr' = 0.1: their product must be below 2"):
+        with pytest.raises(
+            SettingsError, match=r"'weight_decay' = 20.0 with 'lr' = 0.1: their product must be below 2"
+        ):
             Shampoo([nn.Parameter(torch.ones(2, 2))], lr=0.1, weight_decay=20.0, decoupled_weight_decay=decoupled)
 
 
