@@ -29,9 +29,9 @@ def engine_being_built() -> Any | None:
     Raises:
         SettingsError: if DeepSpeed asks, but its engine can't be found; a plain Shampoo would train wrongly there.
     """
-    if "deepspeed" not in sys.modules:
+    engine_type: Any = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
+    if engine_type is None:
         return None
-    engine_type: Any = sys.modules["deepspeed"].DeepSpeedEngine
     innermost, seen = "", False
     for frame in _deepspeeds_frames():
         innermost = innermost or str(frame.f_globals["__name__"])

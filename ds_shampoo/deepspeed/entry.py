@@ -125,7 +125,9 @@ def _floats_first(members: Iterable[Any]) -> list[Any]:
     """
     return sorted(
         (
-            {**member, "params": _floats_first(member["params"])} if isinstance(member, dict) else member
+            {**member, "params": _floats_first(member["params"])}
+            if isinstance(member, dict) and not isinstance(member["params"], Tensor)
+            else member
             for member in members
         ),
         key=lambda member: isinstance(member, Tensor) and not member.is_floating_point(),
