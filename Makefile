@@ -84,7 +84,7 @@ $(DONE)/ops: $(DONE)/package | unlock
 
 # A process that was killed while it loaded an op leaves a lock on which every later one waits for ever.
 unlock:
-	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
+	@$(PYTHON) launch/leftovers.py $(TORCH_EXTENSIONS_DIR)
 
 # Order-only: fetched once. Where Gutenberg's books can't be had, training says so and uses another text.
 data/gutenberg: | $(DONE)/package

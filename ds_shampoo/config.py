@@ -38,8 +38,9 @@ def _core_run(text: str) -> list[object]:
     return [*range(int(first), int(last if dash else first) + 1)] or [None]
 
 
+# Bounds keep every number of a step inside fp32's range, whatever else is set; who needs more has a mistake elsewhere.
 Beta = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Grafting = Literal[
     "none",
     "sgd",
@@ -55,8 +56,55 @@ Grafting = Literal[
 Dtype = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# What other optimizers and trainers call our keys. In a param group such a key would do nothing, without a word.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "learningrate": "lr",
+    "beta": "betas",
+    "beta1": "betas",
+    "beta2": "betas",
+    "beta3": "statistics_beta",
+    "beta_1": "betas",
+    "beta_2": "betas",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "momentum_beta": "betas",
+    "shampoo_beta": "statistics_beta",
+    "preconditioner_decay": "statistics_beta",
+    "epsilon": "eps",
+    "adam_epsilon": "eps",
+    "grafting_epsilon": "eps",
+    "grafting_beta2": "betas",
+    "wd": "weight_decay",
+    "decay": "weight_decay",
+    "l2": "weight_decay",
+    "use_decoupled_weight_decay": "decoupled_weight_decay",
+    "use_nesterov": "nesterov",
+    "graft": "grafting",
+    "graft_type": "grafting",
+    "grafting_type": "grafting",
+    "grafting_config": "grafting",
+    "damping": "matrix_epsilon",
+    "ridge": "matrix_epsilon",
+    "exponent_override": "inverse_exponent_override",
+    "inv_root_override": "inverse_exponent_override",
+    "precondition_frequency": "root_interval",
+    "preconditioning_frequency": "root_interval",
+    "preconditioning_compute_steps": "root_interval",
+    "statistics_compute_steps": "statistics_interval",
+    "update_freq": "root_interval",
+    "max_preconditioner_size": "max_preconditioner_dim",
+    "use_merge_dims": "merge_small_dims",
+    "precondition": "preconditioned",
+}
+
 # Keys that other frameworks put into a param group and that mean nothing to Shampoo.
-GROUP_TAGS = frozenset({"params", "name", "moe", "initial_lr", "param_names", "preconditioned", "group_index"})
+GROUP_TAGS = frozenset(
+    {"params", "name", "moe", "initial_lr", "param_names", "preconditioned", "group_index"}
+    | {"base_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}  # torch's and Megatron's schedulers
+)
+# What marks a key as one by which a trainer scales a setting itself.
+_SCALES = ("_mult", "_multiplier", "_scale", "_ratio")
 
 
 class SettingsError(ValueError):
@@ -68,24 +116,25 @@ class GroupSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    lr: Annotated[float, Field(ge=0)] = 1e-3
+    lr: Annotated[float, Field(ge=0, le=1e6)] = 1e-3
     betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.95, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    eps: Annotated[float, Field(ge=1e-30, le=1e3)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     decoupled_weight_decay: bool = True
     momentum: Literal["before", "after"] = "before"
     nesterov: bool = True
     grafting: Grafting = "adam"
     preconditioner: Literal["shampoo", "spectral"] = "shampoo"
     # The root mean square of a block's direction in place of the grafting step's norm.
-    direction_rms: Annotated[float, Field(gt=0)] | None = None
+    direction_rms: Annotated[float, Field(ge=1e-10, le=1e6)] | None = None
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
     merge_small_dims: bool = True
     embedding: Literal["diagonal", "one_sided", "blocked"] = "diagonal"
     # The ridge relative to the largest eigenvalue.
-    matrix_epsilon: Annotated[float, Field(gt=0, le=1e-1)] = 1e-6
-    inverse_exponent_override: PositiveInt | None = None
+    matrix_epsilon: Annotated[float, Field(ge=1e-16, le=1e-1)] = 1e-6
+    # A root of order 64 brings eigenvalues that are a factor of 40 apart to within 6 per cent of each other's.
+    inverse_exponent_override: Annotated[int, Field(ge=1, le=64)] | None = None
     start_preconditioning_step: PositiveInt = 1
     statistics_beta: Annotated[float, Field(gt=0, le=1)] = 0.5
     statistics_interval: PositiveInt = 1
@@ -93,7 +142,8 @@ class GroupSettings(BaseModel):
     root_interval: PositiveInt = 10
     root_method: Literal["eigh", "newton"] = "eigh"
     root_dtype: Dtype = "float32"
-    root_refresh_threshold: Annotated[float, Field(ge=0)] = 0.0
+    # Two statistics of norm 1 are at most sqrt(2) apart.
+    root_refresh_threshold: Annotated[float, Field(ge=0, lt=1.5)] = 0.0
     max_root_failures: PositiveInt = 5
 
 
@@ -103,10 +153,10 @@ class ShampooConfig(GroupSettings):
     exchange_dtype: Dtype = "float32"
     root_overlap: bool = True
     root_delay: Annotated[int, Field(ge=0)] | None = None
-    root_threads: PositiveInt | None = None
+    root_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     root_cores: Annotated[Literal["auto"] | list[int], BeforeValidator(parse_cores)] = "auto"
     # Seconds that one root may take; a thread at it for longer is taken to hang.
-    root_timeout: Annotated[float, Field(gt=0)] = 120.0
+    root_timeout: Annotated[float, Field(gt=0, le=1e6)] = 120.0
 
 
 _Settings = TypeVar("_Settings", bound=GroupSettings)
@@ -129,7 +179,7 @@ def parse(settings: Mapping[str, Any]) -> ShampooConfig:
             "after its statistics; for roots computed within the step set root_overlap to false"
         )
     check_delay(config, config.root_delay)
-    check_rescaling(config)
+    _check_combinations(config)
     return config
 
 
@@ -145,12 +195,17 @@ def check_delay(settings: GroupSettings, delay: int | None) -> None:
         )
 
 
-def check_rescaling(settings: GroupSettings) -> None:
-    """Refuses roots that are rescaled again and again in a dtype that rounds each time; it adds up.
+def _check_combinations(settings: GroupSettings) -> None:
+    """Refuses what adds up from step to step: roots rescaled in a dtype that rounds each time, decay past zero.
 
     Raises:
         SettingsError: naming both settings.
     """
+    if settings.lr * settings.weight_decay >= 2:
+        raise SettingsError(
+            f"Shampoo setting 'weight_decay' = {settings.weight_decay} with 'lr' = {settings.lr}: their product must "
+            "be below 2: weights would grow with every step, in turns of sign"
+        )
     if settings.root_refresh_threshold > 0 and settings.root_dtype != "float32":
         raise SettingsError(
             f"Shampoo setting 'root_dtype' = '{settings.root_dtype}': must be 'float32' where root_refresh_threshold "
@@ -161,23 +216,27 @@ def check_rescaling(settings: GroupSettings) -> None:
 def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupSettings:
     """Checks one param group's own settings over the optimizer's defaults.
 
-    Keys foreign to Shampoo are left alone (frameworks tag their groups) unless they look like a misspelt one.
+    Keys foreign to Shampoo are left alone (frameworks tag their groups) unless they look like a misspelt one, or are
+    what others call one of Shampoo's.
 
     Raises:
         SettingsError: as `parse`, and for a job-wide key in a group.
     """
     own = {key: value for key, value in group.items() if key not in GROUP_TAGS}
     for key, value in own.items():
+        if not isinstance(key, str):
+            raise SettingsError(f"param group key {key!r}: must be a string")
         if key in _JOB_KEYS:
             raise SettingsError(f"Shampoo setting '{key}' holds for the whole job and can't be set in a param group")
-        if key not in GroupSettings.model_fields and _nearest(key, _JOB_KEYS | _GROUP_KEYS):
+        passes = key in GroupSettings.model_fields or key.endswith(_SCALES)
+        if not passes and _nearest(key, _JOB_KEYS | _GROUP_KEYS):
             raise _unknown(key, value, _GROUP_KEYS, _JOB_KEYS)
     preconditioned = group.get("preconditioned", True)
     if not isinstance(preconditioned, bool):
         raise SettingsError(f"param group key 'preconditioned' = {preconditioned!r}: must be true or false")
     known = {key: value for key, value in own.items() if key in GroupSettings.model_fields}
     settings = _validate(GroupSettings, {**defaults, **known})
-    check_rescaling(settings)
+    _check_combinations(settings)
     return settings
 
 
@@ -196,7 +255,7 @@ def checked_settings(present: Mapping[str, Any]) -> GroupSettings:
         SettingsError: for a value of a wrong type or out of range, or a combination that is not available.
     """
     settings = _validate(GroupSettings, present)
-    check_rescaling(settings)
+    _check_combinations(settings)
     return settings
 
 
@@ -232,4 +291,8 @@ def _unknown(key: str, value: object, known: Iterable[str], elsewhere: Iterable[
 
 
 def _nearest(key: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)), None)
+    """Which of the known keys is meant, by another's name for it or by its spelling; None where neither is close."""
+    known, plain = list(known), key.lower().replace("-", "_")
+    if SYNONYMS.get(plain) in known:
+        return SYNONYMS[plain]
+    return next(iter(difflib.get_close_matches(plain, known, n=1, cutoff=0.75)), None)

@@ -176,7 +176,7 @@ class ShardedGroup:
     def states_by_name(self, states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """The elementwise state behind each parameter; a flat shard's is that of all its parameters."""
         if len(states) == 1:
-            return {name: states[0] for name, (_, reason) in self.table.blocked.items() if reason != "not trained"}
+            return {name: states[0] for name, (_, reason) in self.table.blocked.items() if "not trained" not in reason}
         return {name: states[buffer] for name, buffer in self._buffers.items()}
 
     def slots_of(self, parameter: str) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:

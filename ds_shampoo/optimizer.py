@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ds_shampoo import resuming
+from ds_shampoo import resuming, wrappers
 from ds_shampoo.algorithm import multi_tensor, products, selection
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
@@ -141,11 +141,14 @@ class Shampoo(Optimizer):
         self._checked: dict[int, tuple[dict[str, Any], GroupSettings]] = {}
         self._stepped: set[ShardedGroup] = set()
         self._in_table = 0
+        self._said: set[str] = set()
         self._warned = False
         # Whether the state that was loaded last was saved by Shampoo.
         self.took_up_shampoo = False
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
+        if layout is None:
+            wrappers.warn_of_repeated_work(model)
         first = next((parameter for group in self._units.logical for parameter in group), None)
         device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
         self._units.place()
@@ -501,6 +504,7 @@ class Shampoo(Optimizer):
         self._in_table = len(groups)
         if all(group.table.partition.rank == 0 for group in groups):
             logger.info("\n%s", self._table())
+            wrappers.say_what_is_left_out([group.table for group in groups], self.places, self._said)
             for workplace in self._units.workplaces:
                 workplace.service.warn_of_crowding()
 
@@ -514,11 +518,10 @@ class Shampoo(Optimizer):
         name, tensor = member if isinstance(member, tuple) else (None, member)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"Shampoo takes tensors or (name, tensor) pairs, not {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise SettingsError(f"Shampoo can't optimize a parameter of dtype {tensor.dtype}")
         position = f"param_{sum(len(logical) for logical in self._units.logical) + number}"
         own_name = name or self._names.get(id(tensor), position)
+        unfit = wrappers.check_parameter(own_name, tensor)
         name = self.layout.name(own_name, tensor)
         role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
         shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
-        return LogicalParameter(name, tensor, shape, role, excluded, self.layout.sections(own_name, tensor))
+        return LogicalParameter(name, tensor, shape, role, excluded, self.layout.sections(own_name, tensor), unfit)

@@ -25,6 +25,7 @@ import ds_shampoo
 from command_line import effective_config
 from corpora import Corpus
 from ds_shampoo.host.cores import local_place
+from leftovers import loading_ops
 from optimizers import OptimizerError, take_optimizer
 from plots import plot_losses
 from recorder import Record, Recorder, read_metrics
@@ -171,12 +172,14 @@ def main(arguments: argparse.Namespace, make_task: Callable[[argparse.Namespace]
         config = effective_config(arguments)
         task = make_task(arguments)
         use_cores()
-        deepspeed.init_distributed()
-        folder = open_folder(arguments, config, task)
-        if folder.saved_step() >= arguments.steps:
-            report_finished(folder, arguments)
-            return
-        engine, optimizer = build(arguments, config, task)
+        with loading_ops():
+            deepspeed.init_distributed()
+            dist.barrier()  # from here on every rank has mapped the others' buffers, and any may end
+            folder = open_folder(arguments, config, task)
+            if folder.saved_step() >= arguments.steps:
+                report_finished(folder, arguments)
+                return
+            engine, optimizer = build(arguments, config, task)
     except (DataError, OptimizerError, RunError, ds_shampoo.SettingsError) as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: error: {error}")
     if folder.saved_step():

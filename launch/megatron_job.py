@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import ds_shampoo
 from ds_shampoo.megatron import cpu, mpu
+from leftovers import loading_ops
 from megatron_arguments import parse_arguments
 from recorder import Recorder
 from tokenization import MegatronTokenizer
@@ -73,9 +74,11 @@ def main(task: Task, description: str) -> None:
     """Trains until `--train-iters`, from the newest checkpoint in `--save` on."""
     arguments = parse_arguments(description)
     cpu.stand_in()
-    deepspeed.init_distributed()
     try:
-        engine, tokenizer = build(task, arguments)
+        with loading_ops():
+            deepspeed.init_distributed()
+            dist.barrier()  # from here on every rank has mapped the others' buffers, and any may end
+            engine, tokenizer = build(task, arguments)
         train, validation = datasets(task, arguments, engine, tokenizer)
     except (OSError, ValueError) as error:
         sys.exit(f"{task.name}: error: {error}")

@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
 
+from leftovers import buffers, extensions_folder, remove_stale, unlocking  # noqa: E402
 from tests.distributed.pool import WorkerPool, worker_pools  # noqa: E402
 
 
@@ -22,16 +23,19 @@ from tests.distributed.pool import WorkerPool, worker_pools  # noqa: E402
 def shared_memory() -> Iterator[None]:
     """DeepSpeed's CPU collective leaves 66 MB in shared memory for every rank that ever ran; not so these tests.
 
-    Ranks that still run have theirs mapped, and keep it.
+    Ranks that still run, those of other tests on this machine too, keep theirs: one that is just being set up waits
+    for ever for a buffer that is taken away.
     """
-
-    def buffers() -> set[Path]:
-        return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
-
-    before = buffers()
+    before = set(buffers())
     yield
-    for buffer in buffers() - before:
-        buffer.unlink(missing_ok=True)
+    remove_stale(set(buffers()) - before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_stale_locks() -> Iterator[None]:
+    """A worker or a program that was killed while it loaded an op leaves a lock: nobody waits for it for ever."""
+    with unlocking(extensions_folder()):
+        yield
 
 
 @pytest.fixture(scope="session")

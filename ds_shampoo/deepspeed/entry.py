@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.config import SettingsError, parse
+from ds_shampoo.deepspeed.construction import engine_being_built, once_it_has_its_optimizer
+from ds_shampoo.deepspeed.section import TYPE, check_config, complete, config_of, names_shampoo, say_what_does_not_hold
 from ds_shampoo.optimizer import Shampoo
-
-_TYPE = "Shampoo"
 
 
 def register() -> None:
@@ -25,25 +25,26 @@ def register() -> None:
     Raises:
         RuntimeError: if torch has come to ship an optimizer of that name.
     """
-    present = getattr(torch.optim, _TYPE, from_json)
+    present = getattr(torch.optim, TYPE, from_json)
     if present is not from_json:
-        raise RuntimeError(f"torch.optim.{_TYPE} exists already: {present!r}; ds_shampoo can't take its name")
-    setattr(torch.optim, _TYPE, from_json)
+        raise RuntimeError(f"torch.optim.{TYPE} exists already: {present!r}; ds_shampoo can't take its name")
+    setattr(torch.optim, TYPE, from_json)
 
 
 def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: Any) -> Shampoo:
     """What DeepSpeed calls for the JSON's optimizer section.
 
     DeepSpeed passes a list of parameters and nothing else. Their names, the modules they belong to and the ZeRO
-    settings are the engine's, so the engine is read from the caller's frame. Its own `save_checkpoint` and
-    `load_checkpoint` take the blocks along from then on; nothing else is patched. Called by anyone else this is
-    plain `Shampoo(params, **settings)`.
+    settings are the engine's, which is found among DeepSpeed's calls that led here. Its own `save_checkpoint` and
+    `load_checkpoint` take the blocks along from then on, and the layout is proved as soon as it has its optimizer.
+    Called by anyone else this is plain `Shampoo(params, **settings)`.
 
     Raises:
-        SettingsError: for a wrong setting, or a DeepSpeed feature under which Shampoo can't run yet.
+        SettingsError: for a wrong setting, a DeepSpeed feature under which Shampoo can't run yet, or where DeepSpeed
+            asks for an engine that can't be found.
     """
-    engine = sys._getframe(1).f_locals.get("self")
-    if "deepspeed" not in sys.modules or not isinstance(engine, sys.modules["deepspeed"].DeepSpeedEngine):
+    engine = engine_being_built()
+    if engine is None:
         return Shampoo(params, **settings)
     from ds_shampoo.deepspeed.checkpoint import attach
     from ds_shampoo.deepspeed.experts import adopt
@@ -55,16 +56,21 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
         refuse_unsupported,
     )
 
-    refuse_unsupported(engine)
     _log_to_stdout()
+    check_config(config_of(engine))
+    say_what_does_not_hold(config_of(engine))
+    refuse_unsupported(engine)
     if hasattr(engine.mpu, "shampoo_prepare"):
         engine.mpu.shampoo_prepare(engine.module)
     groups = adopt(engine, params)
+    if engine.zero_optimization():
+        groups = _floats_first(groups)
     optimizer = Shampoo(groups, **settings, model=engine.module, layout=layout_for(engine))
     refuse_factors_of_tied_layers(engine, optimizer.param_groups)
     refuse_norms_of_slices(engine, optimizer.param_groups)
     optimizer.register_step_post_hook(MonitorFeed(engine))
     attach(engine, optimizer)
+    once_it_has_its_optimizer(engine, optimizer.prepare)
     return optimizer
 
 
@@ -97,19 +103,35 @@ def initialize(
     settings = _as_dict(config)
     if hasattr(model, "complete_settings"):
         model.complete_settings(settings)
-    section = settings.get("optimizer") or {}
-    ours = optimizer is None and section.get("type") == _TYPE
+    ours = optimizer is None and names_shampoo(settings)
     if ours:
-        parse(section.get("params") or {})
-        settings["zero_allow_untested_optimizer"] = True
-        settings["zero_force_ds_cpu_optimizer"] = False
+        _log_to_stdout()
+        check_config(settings)
+        parse(settings["optimizer"].get("params") or {})
+        complete(settings)
         if hasattr(others.get("mpu"), "shampoo_register"):
             others["mpu"].shampoo_register(model)
         refuse_unknown_experts(model)
     engine, *rest = deepspeed.initialize(args=args, model=model, optimizer=optimizer, config=settings, **others)
     if ours:
-        engine.basic_optimizer.prepare()
+        engine.basic_optimizer.prepare()  # done already, but by a DeepSpeed of which no moment for it is known
     return engine, *rest
+
+
+def _floats_first(members: Iterable[Any]) -> list[Any]:
+    """Parameters or param groups with integers, as quantised weights are, behind what is trained.
+
+    ZeRO takes the first parameter's dtype for everyone's, and would round all gradients to bytes.
+    """
+    return sorted(
+        (
+            {**member, "params": _floats_first(member["params"])}
+            if isinstance(member, dict) and not isinstance(member["params"], Tensor)
+            else member
+            for member in members
+        ),
+        key=lambda member: isinstance(member, Tensor) and not member.is_floating_point(),
+    )
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,22 @@ from ds_shampoo.deepspeed.experts import expert_group, global_name
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.order import Rounds, union_over_ranks
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
+
+# The flat fp32 tensors of stages 1 and 2 and of BF16_Optimizer, and of which parameters each is made.
+_FLAT_GROUPS = (
+    ("single_partition_of_fp32_groups", "bit16_groups"),
+    ("fp32_groups_flat_partition", "bf16_groups"),
+)
+
+
+class _Claim(NamedTuple):
+    """That a parameter's elements from `start` on are those of a flat tensor, by its id, from `offset` on."""
+
+    parameter: str
+    start: int
+    numel: int
+    master: int
+    offset: int
 
 
 def layout_for(engine: Any) -> Layout:
@@ -34,6 +50,7 @@ class _EngineLayout:
 
     def __init__(self, engine: Any) -> None:
         self._engine = weakref.ref(engine)
+        self._proved: set[_Claim] = set()
 
     def in_training(self) -> bool:
         """False until the engine has its optimizer: a wrapper may take a step on zero gradients to allocate state."""
@@ -72,6 +89,27 @@ class _EngineLayout:
     def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         return originals
 
+    def _prove(self, parameter: LogicalParameter, start: int, master: Tensor, offset: int, present: Tensor) -> None:
+        """Holds a reading of the layout against the data: master weights, rounded, are those that the model uses.
+
+        Once it held, it stays proved: anyone may change masters alone afterwards (`safe_set_full_fp32_param`).
+
+        Args:
+            start: the first of the parameter's elements that are looked at.
+            master: the tensor that stands for them, in which they begin at `offset`.
+            present: these elements as the model uses them, flat.
+
+        Raises:
+            RuntimeError: saying what differs.
+        """
+        claim = _Claim(parameter.name, start, present.numel(), id(master), offset)
+        if claim in self._proved:
+            return
+        found, present = master.detach().view(-1).narrow(0, offset, present.numel()), present.detach()
+        if not torch.equal(found.to(present), present):
+            raise _misread(_difference(parameter.name, found, present))
+        self._proved.add(claim)
+
     def _present_engine(self) -> Any:
         engine = self._engine()
         assert engine is not None, "an optimizer does not outlive its engine"
@@ -88,7 +126,8 @@ class ReplicatedLayout(_EngineLayout):
         if [tuple(tensor.shape) for tensor in held] != [parameter.shape for parameter in trained]:
             raise _misread("the master copies do not have the parameters' shapes")
         for parameter, tensor in zip(trained, held, strict=True):
-            _prove(parameter, tensor, parameter.tensor)
+            if tensor is not parameter.tensor:
+                self._prove(parameter, 0, tensor, 0, parameter.tensor.reshape(-1))
         group = self._replicas(members)
         ranks = range(dist.get_world_size(group))
         fragments = [
@@ -124,9 +163,12 @@ class FlatLayout(_EngineLayout):
     """
 
     def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        trained = [p for p in members if hasattr(p.tensor, "_hp_mapping") and p.tensor.numel()]
-        if len(held) != 1 or held[0].dim() != 1 or not trained:
+        if len(held) != 1 or held[0].dim() != 1:
             raise _misread(f"expected one flat tensor per param group, found {[tuple(t.shape) for t in held]}")
+        flattened = self._flattened(held[0])
+        trained = [p for p in members if id(p.tensor) in flattened and p.tensor.numel()]
+        if not trained:
+            raise _misread("a flat tensor holds no parameter of its param group")
         flat, group = held[0], trained[0].tensor._dp_group  # type: ignore[attr-defined]
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         base = min(parameter.tensor.data_ptr() for parameter in trained)
@@ -137,9 +179,21 @@ class FlatLayout(_EngineLayout):
         for fragment in fragments:
             if fragment.rank == rank:
                 parameter = by_name[fragment.parameter]
-                share = flat.narrow(0, fragment.offset, fragment.numel)
-                _prove(parameter, share, parameter.tensor.view(-1).narrow(0, fragment.start, fragment.numel))
+                present = parameter.tensor.view(-1).narrow(0, fragment.start, fragment.numel)
+                self._prove(parameter, fragment.start, flat, fragment.offset, present)
         return Partition(fragments, rank, world_size, group)
+
+    def _flattened(self, flat: Tensor) -> set[int]:
+        """The ids of the parameters that the present wrapper has put into a group's flat buffer.
+
+        What it left on a parameter does not tell: an earlier engine's marks stay where a later one trains less.
+        """
+        zero: Any = self._present_engine().optimizer
+        for flats, groups in _FLAT_GROUPS:
+            for held, parameters in zip(getattr(zero, flats, ()), getattr(zero, groups, ()), strict=False):
+                if held is flat:
+                    return {id(parameter) for parameter in parameters}
+        raise _misread("a flat tensor is not of the ZeRO optimizer's")
 
 
 class SubGroupLayout(_EngineLayout):
@@ -158,20 +212,27 @@ class SubGroupLayout(_EngineLayout):
         return tensor.numel() < self._size(tensor)
 
     def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        """Those of the sub-group, and with the first of a param group those that nobody trains, in no sub-group."""
+        zero, number = self._zero(), self._number(held)
         by_tensor = {id(parameter.tensor): parameter for parameter in originals}
-        tensors = self._zero().fp16_groups[self._number(held)]
+        tensors = zero.fp16_groups[number]
         if any(id(tensor) not in by_tensor for tensor in tensors):
             raise _misread("a sub-group holds a parameter that is not of its param group")
-        return [by_tensor[id(tensor)] for tensor in tensors]
+        mine = [by_tensor[id(tensor)] for tensor in tensors]
+        if zero.sub_group_to_group_id[number] in [zero.sub_group_to_group_id[other] for other in range(number)]:
+            return mine
+        placed = {id(tensor) for group in zero.fp16_groups for tensor in group}
+        return mine + [parameter for parameter in originals if id(parameter.tensor) not in placed]
 
     def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
         zero, flat = self._zero(), held[0]
+        mine = {id(tensor) for tensor in zero.fp16_groups[self._number(held)]}
         ask = getattr(zero, "_get_sub_group_process_group", None)
         group = ask(self._number(held)) if ask is not None else zero.dp_process_group
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         fragments: list[Fragment] = []
         offset = 0
-        for parameter in members:
+        for parameter in [member for member in members if id(member.tensor) in mine]:
             size = parameter.tensor.partition_numel()  # type: ignore[attr-defined]
             numel = math.prod(parameter.shape)
             for owner in range(world_size):
@@ -179,8 +240,8 @@ class SubGroupLayout(_EngineLayout):
                 if length > 0:
                     fragments.append(Fragment(parameter.name, owner * size, length, owner, 0, offset))
                 if length > 0 and owner == rank and not self.absent(flat):
-                    piece = parameter.tensor.ds_tensor  # type: ignore[attr-defined]
-                    _prove(parameter, flat.narrow(0, offset, length), piece.view(-1).narrow(0, 0, length))
+                    piece = parameter.tensor.ds_tensor.view(-1)  # type: ignore[attr-defined]
+                    self._prove(parameter, owner * size, flat, offset, piece.narrow(0, 0, length))
             offset += size
         if offset > self._size(flat):
             raise _misread(f"a sub-group of {self._size(flat)} elements should hold {offset}")
@@ -214,10 +275,16 @@ def _shares(parameter: LogicalParameter, base: int, size: int, world_size: int) 
     ]
 
 
-def _prove(parameter: LogicalParameter, master: Tensor, present: Tensor) -> None:
-    """Holds a reading of the layout against the data: a master weight, rounded, is the weight that the model uses."""
-    if not torch.equal(master.detach().to(present), present.detach()):
-        raise _misread(f"the fp32 master weights found for '{parameter.name}' are not that parameter's")
+def _difference(name: str, found: Tensor, present: Tensor) -> str:
+    """How far master weights are from the weights that the model uses, and what may have brought that about."""
+    apart = found.to(present).ne(present)
+    largest = float((found.to(torch.float32) - present.to(found.device, torch.float32)).abs().max())
+    return (
+        f"the fp32 master weights found for '{name}' are not that parameter's: {int(apart.sum())} of {apart.numel()} "
+        f"elements that this rank holds differ, by up to {largest:.3g}. Where they nearly agree, something changed "
+        "weights or masters before Shampoo first saw them (safe_set_full_fp32_param, load_state_dict on the module): "
+        "do that before deepspeed.initialize, or after it returned"
+    )
 
 
 def _nonempty(parameters: Sequence[LogicalParameter]) -> list[LogicalParameter]:

@@ -27,6 +27,7 @@ class LogicalParameter:
         role: weight, embedding or output head.
         excluded: whether the user said `preconditioned: false`.
         sections: those of the whole matrix of which `shape` is a tensor-parallel rank's slice; None where it is whole.
+        unfit: what keeps it from being trained, as a quantised weight that nobody trains; empty for an ordinary one.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LogicalParameter:
     role: Role
     excluded: bool
     sections: Sequence[Section] | None = None
+    unfit: str = ""
 
 
 @dataclass(frozen=True)

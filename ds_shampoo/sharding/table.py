@@ -72,7 +72,7 @@ def block_table(
     """
     placed = {fragment.parameter for fragment in partition.fragments}
     blocked = {
-        parameter.name: _blocks_of(parameter, settings) if parameter.name in placed else (None, "not trained")
+        parameter.name: _blocks_of(parameter, settings) if parameter.name in placed else (None, _not_trained(parameter))
         for parameter in parameters
     }
     blocks = [block for found, _ in blocked.values() if found is not None for block in found.blocks]
@@ -91,6 +91,8 @@ def block_table(
 
 def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[BlockedParameter | None, str]:
     """A parameter's blocks, or None and the reason why it isn't preconditioned."""
+    if parameter.unfit:
+        return None, _not_trained(parameter)
     vocabulary = parameter.role in (Role.EMBEDDING, Role.HEAD)
     if parameter.excluded:
         return None, "preconditioned: false"
@@ -109,6 +111,10 @@ def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[Bl
         return blocked, ""
     wide = sum(dim > 1 for dim in parameter.shape) >= 2
     return None, "every dim is above max_preconditioner_dim" if wide else "fewer than two dims above 1"
+
+
+def _not_trained(parameter: LogicalParameter) -> str:
+    return f"not trained ({parameter.unfit})" if parameter.unfit else "not trained"
 
 
 def _pieces(

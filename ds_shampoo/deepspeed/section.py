@@ -1,0 +1,90 @@
+"""What a DeepSpeed config says beside Shampoo's own settings: refused or said by name where it would do nothing."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ds_shampoo.config import SettingsError
+
+logger = logging.getLogger("ds_shampoo")
+
+TYPE = "Shampoo"
+
+# What DeepSpeed reads in the optimizer section.
+_SECTION_KEYS = ("type", "params", "legacy_fusion")
+
+# What a config that names Shampoo needs, and why.
+_NEEDED = {
+    "zero_allow_untested_optimizer": (True, "DeepSpeed refuses optimizers that are not its own otherwise"),
+    "zero_force_ds_cpu_optimizer": (False, "with it DeepSpeed refuses under offload what is not its CPU Adam"),
+}
+
+
+def names_shampoo(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed config's optimizer is Shampoo.
+
+    Raises:
+        SettingsError: where the section is no section, or its type is Shampoo by another spelling.
+    """
+    section = config.get("optimizer")
+    if section is None:
+        return False
+    example = f'"optimizer": {{"type": "{TYPE}", "params": {{"lr": 0.001}}}}'
+    if not isinstance(section, Mapping):
+        raise SettingsError(f"optimizer = {section!r}: must be an object, as {example}")
+    name = section.get("type")
+    if name is not None and not isinstance(name, str):
+        raise SettingsError(f"optimizer.type = {name!r}: must be a string, as {example}")
+    if name is not None and name != TYPE and not hasattr(torch.optim, name) and _means_shampoo(name):
+        raise SettingsError(f'optimizer.type = "{name}": did you mean "{TYPE}"?')
+    return name == TYPE
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks the optimizer section of a config that names Shampoo.
+
+    Raises:
+        SettingsError: for a key in the section that nobody reads, and for params that are no object.
+    """
+    section: Any = config.get("optimizer") or {}
+    for key in section:
+        if key not in _SECTION_KEYS:
+            raise SettingsError(
+                f"optimizer.{key} = {section[key]!r}: nobody reads that; Shampoo's settings stand in "
+                f'optimizer.params: {{"type": "{TYPE}", "params": {{"{key}": ...}}}}'
+            )
+    params = section.get("params")
+    if params is not None and not isinstance(params, Mapping):
+        raise SettingsError(f'optimizer.params = {params!r}: must be an object, as {{"lr": 0.001}}')
+
+
+def complete(config: dict[str, Any]) -> None:
+    """Sets what Shampoo needs in a config that names it; what the config says otherwise is logged."""
+    for key, (needed, _) in _NEEDED.items():
+        say_what_does_not_hold(config, key)
+        config[key] = needed
+
+
+def say_what_does_not_hold(config: Mapping[str, Any], key: str = "zero_force_ds_cpu_optimizer") -> None:
+    """Logs a warning, on the first rank, where a config says otherwise than it will be with Shampoo."""
+    needed, reason = _NEEDED[key]
+    if config.get(key, needed) != needed and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning("%s = %s in the config does not hold with Shampoo: %s", key, config[key], reason)
+
+
+def config_of(engine: Any) -> Mapping[str, Any]:
+    """The config from which an engine is built, as far as this DeepSpeed shows it."""
+    config: Any = getattr(getattr(engine, "_config", None), "_param_dict", None)
+    section = config.get("optimizer") if isinstance(config, Mapping) else None
+    return config if isinstance(section, Mapping) and section.get("type") == TYPE else {}
+
+
+def _means_shampoo(name: str) -> bool:
+    plain = name.lower().replace("_", "").replace("-", "")
+    return "shampoo" in plain or bool(difflib.get_close_matches(plain, ["shampoo"], cutoff=0.75))
