@@ -81,6 +81,8 @@ class GroupSettings(BaseModel):
     direction_rms: Annotated[float, Field(gt=0)] | None = None
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
+    # Of a factor's elements to its block's.
+    max_factor_ratio: Annotated[float, Field(ge=1)] | None = None
     merge_small_dims: bool = True
     embedding: Literal["diagonal", "one_sided", "blocked"] = "diagonal"
     # The ridge relative to the largest eigenvalue.
@@ -100,6 +102,9 @@ class GroupSettings(BaseModel):
 class ShampooConfig(GroupSettings):
     """Everything the JSON's `optimizer.params` section may hold: the group settings and the job-wide ones."""
 
+    # By patterns of parameters' names.
+    roles: dict[str, Literal["weight", "embedding", "head", "none"]] | None = None
+    batch_dims: dict[str, Annotated[int, Field(ge=0)]] | None = None
     exchange_dtype: Dtype = "float32"
     root_overlap: bool = True
     root_delay: Annotated[int, Field(ge=0)] | None = None

@@ -357,7 +357,7 @@ def test_closures() -> None:
     [
         (
             {"root_intervall": 5},
-            r"'root_intervall' = 5: unknown key; did you mean 'root_interval'\? The keys are: betas",
+            r"'root_intervall' = 5: unknown key; did you mean 'root_interval'\? The keys are: batch_dims, betas",
         ),
         ({"colour": 1}, r"'colour' = 1: unknown key; The keys are"),
         ({"lr": -1.0}, r"'lr' = -1.0: Input should be greater than or equal to 0"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.order import Rounds
+
+_Said = TypeVar("_Said")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class LogicalParameter:
         role: weight, embedding or output head.
         excluded: whether the user said `preconditioned: false`.
         sections: those of the whole matrix of which `shape` is a tensor-parallel rank's slice; None where it is whole.
+        vocabulary_dim: of an embedding or head, the dimension over the vocabulary: 0, -1, or None for neither.
+        batch: so many independent matrices lie one after another in it, as a layer's experts do.
     """
 
     name: str
@@ -35,6 +39,8 @@ class LogicalParameter:
     role: Role
     excluded: bool
     sections: Sequence[Section] | None = None
+    vocabulary_dim: int | None = 0
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,9 @@ class Layout(Protocol):
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
         """The sections of a matrix of which this rank may hold a slice only; None for what every rank has whole."""
 
+    def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
+        """What every rank of the job says, where ranks have different parts of the model; all ranks ask at once."""
+
     def everyones(self, rounds: Rounds) -> Rounds:
         """This rank's blocks together with those that other ranks have, in the model's order; all ranks ask at once."""
 
@@ -120,6 +129,9 @@ class WholeLayout:
 
     def sections(self, name: str, parameter: Tensor) -> None:
         return None
+
+    def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
+        return own
 
     def everyones(self, rounds: Rounds) -> Rounds:
         return rounds

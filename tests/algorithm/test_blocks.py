@@ -13,11 +13,11 @@ from ds_shampoo.algorithm.blocks import cut, merge_small_dims
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 
 
-@given(shapes, st.integers(1, 12), st.booleans(), st.booleans(), st.none() | st.integers(1, 9))
+@given(shapes, st.integers(1, 12), st.booleans(), st.sampled_from([None, 0, -1]), st.none() | st.integers(1, 9))
 def test_blocks_tile_the_parameter(
-    shape: tuple[int, ...], block_size: int, merge: bool, skip: bool, limit: int | None
+    shape: tuple[int, ...], block_size: int, merge: bool, skip: int | None, limit: int | None
 ) -> None:
-    blocked = cut("w", shape, block_size=block_size, merge=merge, skip_first_dim=skip, max_preconditioner_dim=limit)
+    blocked = cut("w", shape, block_size=block_size, merge=merge, skip_dim=skip, max_preconditioner_dim=limit)
     if blocked is None:
         return
     assert math.prod(blocked.shape) == math.prod(shape)
