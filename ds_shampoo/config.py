@@ -81,7 +81,7 @@ class GroupSettings(BaseModel):
     direction_rms: Annotated[float, Field(gt=0)] | None = None
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
-    # Of a factor's elements to its block's.
+    # Of the elements of a block's largest factor to the block's.
     max_factor_ratio: Annotated[float, Field(ge=1)] | None = None
     merge_small_dims: bool = True
     embedding: Literal["diagonal", "one_sided", "blocked"] = "diagonal"

@@ -60,8 +60,8 @@ class Shampoo(Optimizer):
             norm of its grafting step.
         block_size: dimensions are cut at multiples of this.
         max_preconditioner_dim: a larger dimension is left unpreconditioned; None for no limit.
-        max_factor_ratio: a dimension whose factors would have more than so many times their blocks' elements is left
-            unpreconditioned; None for no limit.
+        max_factor_ratio: a block's longest side is cut shorter where its factor would have more than so many times the
+            block's elements; None for no limit.
         merge_small_dims: fold small adjacent dimensions of tensors with three or more.
         embedding: what embeddings and output heads get: "diagonal" (grafting only), "one_sided" or "blocked".
         matrix_epsilon: ridge of the inverse roots, relative to the largest eigenvalue.

@@ -70,7 +70,7 @@ def _rows(tables: Sequence[BlockTable]) -> dict[str, _Row]:
             row = rows.setdefault(pattern, _Row(shape, reason))
             row.parameters += 1
             for block in blocked.blocks if blocked is not None else ():
-                row.blocks[block.shape] += 1
+                row.blocks[block.matrix_shape] += 1
                 row.owners[owners[block]] += 1
                 row.bytes += state_bytes[block]
     return rows

@@ -122,8 +122,8 @@ def cut(
     """Cuts a parameter of `shape` into blocks (section 1 of docs/algorithm.md).
 
     Args:
-        max_factor_ratio: a dimension whose factors would have more than so many times their blocks' elements is left
-            unpreconditioned and uncut; at least 1.
+        max_factor_ratio: where the factor of a block's longest side would have more than so many times the block's
+            elements, that side is cut shorter, to so many times the product of the others; at least 1.
         skip_dim: leave this dimension unpreconditioned and uncut, the first (0) or the last (-1): a vocabulary's, of
             one-sided embeddings.
         sections: those of the whole matrix of which `shape` is this rank's slice; blocks are numbered over all of
@@ -145,11 +145,12 @@ def cut(
     extent = [max(box.origin[i] + box.shape[i] for box in boxes) for i in range(len(dims))]
     limit = math.inf if max_preconditioner_dim is None else max_preconditioner_dim
     skipped = None if skip_dim is None else skip_dim % len(dims)
-    within = [i for i, dim in enumerate(extent) if dim <= limit and i != skipped]
-    preconditioned = _worth_a_factor(extent, within, block_size, max_factor_ratio)
+    preconditioned = [i for i, dim in enumerate(extent) if dim <= limit and i != skipped]
     if not preconditioned:
         return None
     sizes = [block_size if i in preconditioned else extent[i] for i in range(len(dims))]
+    if max_factor_ratio is not None:
+        sizes = _shortened(extent, sizes, max_factor_ratio, preconditioned)
     if batch > 1:
         boxes, sizes, dims = _stacked(boxes, batch), [1, *sizes], (batch, *dims)
         preconditioned = [i + 1 for i in preconditioned]
@@ -162,16 +163,17 @@ def cut(
     return BlockedParameter(parameter, dims, blocks)
 
 
-def _worth_a_factor(extent: Sequence[int], dims: Sequence[int], block_size: int, ratio: float | None) -> list[int]:
-    """Those of `dims` whose factors have at most `ratio` times the elements of their blocks.
+def _shortened(extent: Sequence[int], sizes: Sequence[int], ratio: float, dims: Sequence[int]) -> list[int]:
+    """`sizes` with the longest of `dims` at most `ratio` times as long as the product of the others.
 
-    Judged by whole blocks, not by what is left over at a border, so that all pieces of a dimension are treated alike.
+    Judged by whole blocks, not by what is left over at a border, so that all of a dimension is cut alike. A shorter
+    dimension is within such a ratio anyhow.
     """
-    if ratio is None:
-        return list(dims)
-    sizes = [min(dim, block_size) if i in dims else dim for i, dim in enumerate(extent)]
-    numel = math.prod(sizes)
-    return [i for i in dims if sizes[i] ** 2 <= ratio * numel]
+    found = list(sizes)
+    whole = [min(dim, size) for dim, size in zip(extent, sizes, strict=True)]
+    longest = max(dims, key=lambda i: whole[i])
+    found[longest] = min(found[longest], max(1, int(ratio * (math.prod(whole) // whole[longest]))))
+    return found
 
 
 def _stacked(boxes: Sequence[Section], batch: int) -> list[Section]:

@@ -84,7 +84,7 @@ def _groups(module: nn.Module | None, name: str, size: int) -> list[int] | None:
     if _layer(name) not in ("linear_qkv", "linear_kv") or config is None:
         return None
     head, groups = config.kv_channels, config.num_query_groups or config.num_attention_heads
-    heights = [head, head]
+    heights: list[int] = [head, head]
     if _layer(name) == "linear_qkv":
         queries = config.num_attention_heads // groups * head
         gate = [queries] if getattr(config, "attention_output_gate", False) else []

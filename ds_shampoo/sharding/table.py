@@ -140,7 +140,7 @@ def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[Bl
     each = matrix_shape(parameter.shape, parameter.batch)
     if sum(dim > 1 for dim in each) < 2:
         return None, "fewer than two dims above 1" + (f" in each of {parameter.batch}" if parameter.batch > 1 else "")
-    return None, "every dim is above max_preconditioner_dim or max_factor_ratio"
+    return None, "every dim is above max_preconditioner_dim"
 
 
 def _pieces(

@@ -73,3 +73,32 @@ def test_a_large_dim_is_left_whole_and_unpreconditioned() -> None:
     assert [block.shape for block in blocked.blocks] == [(100, 4), (100, 2)]
     assert {block.preconditioned for block in blocked.blocks} == {(1,)}
     assert cut("w", (100, 60), block_size=4, max_preconditioner_dim=50) is None
+
+
+@given(shapes, st.integers(1, 12), st.floats(1, 4), st.sampled_from([None, 0, -1]))
+def test_no_factor_outweighs_its_block_by_more_than_the_ratio(
+    shape: tuple[int, ...], block_size: int, ratio: float, skip: int | None
+) -> None:
+    usual = cut("w", shape, block_size=block_size, skip_dim=skip)
+    limited = cut("w", shape, block_size=block_size, skip_dim=skip, max_factor_ratio=ratio)
+    assert (usual is None) == (limited is None)
+    if usual is None or limited is None:
+        return
+    assert limited.shape == usual.shape
+    assert {block.preconditioned for block in limited.blocks} == {block.preconditioned for block in usual.blocks}
+    first = limited.blocks[0]  # a whole one
+    assert max(first.factor_dims) ** 2 <= ratio * first.numel
+    within = max(usual.blocks[0].factor_dims) ** 2 <= ratio * usual.blocks[0].numel
+    assert not within or limited == usual
+
+
+def test_a_skinny_matrix_is_cut_to_its_measure() -> None:
+    blocked = cut("w", (50_000, 8), block_size=1024, max_factor_ratio=16)
+    assert blocked is not None
+    assert {block.shape for block in blocked.blocks} == {(128, 8), (80, 8)}
+    wide = cut("w", (16, 4096), block_size=1024, max_factor_ratio=16)
+    assert wide is not None
+    assert {block.shape for block in wide.blocks} == {(16, 256)}
+    square = cut("w", (4096, 1024), block_size=1024, max_factor_ratio=1)
+    assert square is not None
+    assert len(square.blocks) == 4
