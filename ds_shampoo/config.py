@@ -82,7 +82,7 @@ class GroupSettings(BaseModel):
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
     # Of the elements of a block's largest factor to the block's.
-    max_factor_ratio: Annotated[float, Field(ge=1)] | None = None
+    max_factor_ratio: Annotated[float, Field(ge=1)] | None = 16.0
     merge_small_dims: bool = True
     embedding: Literal["diagonal", "one_sided", "blocked"] = "diagonal"
     # The ridge relative to the largest eigenvalue.

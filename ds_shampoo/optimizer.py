@@ -30,7 +30,7 @@ from ds_shampoo.elementwise import new_state
 from ds_shampoo.group import ShardedGroup
 from ds_shampoo.metrics import collect
 from ds_shampoo.nested import BLOCKS
-from ds_shampoo.report import render
+from ds_shampoo.report import concerns, render
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout
 from ds_shampoo.state import ShownBlocks, in_full
 from ds_shampoo.transaction import Transaction
@@ -110,7 +110,7 @@ class Shampoo(Optimizer):
         direction_rms: float | None = None,
         block_size: int = 1024,
         max_preconditioner_dim: int | None = None,
-        max_factor_ratio: float | None = None,
+        max_factor_ratio: float | None = 16.0,
         merge_small_dims: bool = True,
         embedding: Literal["diagonal", "one_sided", "blocked"] = "diagonal",
         matrix_epsilon: float = 1e-6,
@@ -156,7 +156,7 @@ class Shampoo(Optimizer):
         self.took_up_shampoo = False
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
-        patterns.check(config, self._named(model), self.layout.over_ranks)
+        patterns.check(config, patterns.named(model, self._units.logical, self.layout), self.layout.over_ranks)
         first = next((parameter for group in self._units.logical for parameter in group), None)
         device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
         self._units.place()
@@ -498,6 +498,8 @@ class Shampoo(Optimizer):
         self._in_table = len(groups)
         if all(group.table.partition.rank == 0 for group in groups):
             logger.info("\n%s", self._table())
+            for concern in concerns([group.table for group in groups], by_name_only=not self._aliases):
+                logger.warning(concern)
             for workplace in self._units.workplaces:
                 workplace.service.warn_of_crowding()
 
@@ -522,11 +524,3 @@ class Shampoo(Optimizer):
         kind = patterns.overruled(self._config, known_as, found)
         sections = self.layout.sections(own_name, tensor)
         return LogicalParameter(name, tensor, shape, kind.role, excluded, sections, kind.vocabulary_dim, kind.batch)
-
-    def _named(self, model: nn.Module | None) -> Iterator[patterns.Named]:
-        """All parameters of the model, with their names on this rank and on all; without one those of the groups."""
-        for parameter in (p for group in self._units.logical for p in group):
-            yield patterns.Named((parameter.name,), parameter.shape)
-        for tensor in model.parameters() if model is not None else ():
-            own = self._aliases[id(tensor)]
-            yield patterns.Named((*own, self.layout.name(own[0], tensor)), selection.full_shape(tensor))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
+from torch import nn
+
+from ds_shampoo.algorithm import selection
 from ds_shampoo.algorithm.selection import Kind, Role
 from ds_shampoo.config import SettingsError, ShampooConfig
+from ds_shampoo.sharding.partition import Layout, LogicalParameter
 
 ROLES = {"weight": Role.WEIGHT, "embedding": Role.EMBEDDING, "head": Role.HEAD, "none": Role.NONE}
 
@@ -35,6 +39,17 @@ def overruled(config: ShampooConfig, parameter: Named, found: Kind) -> Kind:
     if dims is not None:
         found = replace(found, batch=math.prod(parameter.shape[:dims]))
     return found
+
+
+def named(model: nn.Module | None, groups: Iterable[Iterable[LogicalParameter]], layout: Layout) -> Iterator[Named]:
+    """The parameters of the param groups, and all of the model's, with all of their names."""
+    for parameter in (parameter for group in groups for parameter in group):
+        yield Named((parameter.name,), parameter.shape)
+    if model is not None:
+        aliases = selection.aliases(model)
+        for tensor in model.parameters():
+            own = aliases[id(tensor)]
+            yield Named((*own, layout.name(own[0], tensor)), selection.full_shape(tensor))
 
 
 def check(
