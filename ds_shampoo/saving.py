@@ -86,7 +86,8 @@ def check(units: Sequence[Piece], reader: BlockReader) -> None:
             for block, *_ in unit.sharded.slots():
                 if not reader.holds(str(block), block.origin, block.shape):
                     raise CheckpointError(
-                        f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another model"
+                        f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another "
+                        "model, or with other 'roles' or 'batch_dims'"
                     )
     reader.verify(own_blocks(units) & set(reader.blocks))
 

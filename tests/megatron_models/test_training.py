@@ -145,11 +145,23 @@ def refusal(settings: dict[str, Any] | None = None, tensor_parallel: int = 1, **
     [
         (({"block_sise": 4},), "'block_sise' = 4: unknown key; did you mean 'block_size'"),
         (({"decoupled_weight_decay": False},), "'decoupled_weight_decay' = False: under Megatron set config"),
+        (
+            ({"roles": {"decoder.layers.2.*": "none"}},),
+            "'roles' has the pattern 'decoder.layers.2.*', which matches no",
+        ),
         (({"grafting": "adam_normalized"}, 2), "grafting = 'adam_normalized' under tensor parallelism"),
     ],
 )
 def test_refusals(pools: Pools, arguments: tuple[Any, ...], message: str) -> None:
     assert all(message in found for found in pools(2).run(refusal, *arguments))
+
+
+def test_patterns_are_about_the_undivided_model(pools: Pools) -> None:
+    """Each matches on one pipeline stage, or among the experts or the other weights only."""
+    roles = {f"decoder.layers.{layer}.*": "none" for layer in range(2)}
+    assert pools(2).run(refusal, {"roles": roles}, pipeline_parallel=2) == ["", ""]
+    experts = {"roles": {"*.local_experts.3.*": "none", "*.linear_qkv.weight": "none"}}
+    assert pools(2).run(refusal, experts, experts=4, expert_parallel=2) == ["", ""]
 
 
 def test_layer_wise_and_distributed_at_once(pools: Pools) -> None:
