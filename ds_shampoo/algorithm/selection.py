@@ -124,7 +124,8 @@ def name_kind(name: str, parameter: Tensor) -> Kind:
     shape, lora = full_shape(parameter), _LORA.search(name)
     parts = plain_name(name).split(".")
     held_by = parts[-2] if len(parts) > 1 else ""
-    fused = held_by == _EXPERTS and (len(shape) > 2 or (len(shape) == 2 and parts[-1].endswith("bias")))
+    leaf = parts[-1]
+    fused = held_by == _EXPERTS and not leaf.isdecimal() and len(shape) > (1 if leaf.endswith("bias") else 2)
     return Kind(
         _name_role(parts, parameter),
         _VOCABULARY_OF_LORA[lora["factor"]] if lora else 0,
@@ -195,7 +196,10 @@ def _stacked_experts(path: str, module: nn.Module, own: _Members) -> Iterator[tu
     (`num_experts`) tells them; or, below a module of that name, each expert has as many rows of a matrix (DBRX's).
     """
     shapes = {id(p): full_shape(p) for _, p in own}
-    counts = {value for key, value in vars(module).items() if "expert" in key and type(value) is int and value > 1}
+    if isinstance(module, _ConvNd | nn.ParameterList | nn.ParameterDict):  # whatever its name
+        yield from ((p, 1) for _, p in own)
+        return
+    counts = {n for key, n in vars(module).items() if key.endswith(_EXPERTS) and type(n) is int and n > 1}
     path = _module_path(plain_name(f"{path}.weight"))
     named = path.rpartition(".")[2] == _EXPERTS
     found = {shape[0] for shape in shapes.values() if len(shape) > 2 and (named or shape[0] in counts)}

@@ -199,11 +199,21 @@ def counted(module: nn.Module, attribute: str = "num_experts", count: int = 4) -
         ("router", counted(Experts(weight=(4, 5))), {"weight": 1}),
         ("other", Experts(weight=(4, 6, 5)), {"weight": 1}),
         ("other", counted(Experts(weight=(3, 6, 5))), {"weight": 1}),
+        ("other", counted(Experts(weight=(4, 6, 5)), "num_experts_per_tok"), {"weight": 1}),
+        ("experts", nn.ParameterList([torch.zeros(4, 6, 5)]), {"0": 1}),
+        ("experts", nn.Conv1d(6, 4, 5), {"weight": 1, "bias": 1}),
     ],
 )
 def test_stacked_experts(path: str, module: nn.Module, batches: dict[str, int]) -> None:
     found = kinds(nn.ModuleDict({path: module}))
     assert {name: found[id(p)].batch for name, p in module.named_parameters()} == batches
+
+
+def test_stacked_experts_under_a_parametrisation() -> None:
+    module = Experts(w1=(4, 6, 5))
+    parametrizations.spectral_norm(module, "w1")
+    found = kinds(nn.ModuleDict({"experts": module}))
+    assert [found[id(p)].batch for p in module.parameters()] == [4]
 
 
 def test_experts_that_are_runs_of_rows() -> None:
@@ -218,6 +228,7 @@ def test_experts_by_name_alone() -> None:
     assert name_kind("layers.0.experts.w1", torch.zeros(4, 6, 5)).batch == 4
     assert name_kind("layers.0.experts.w1_bias", torch.zeros(4, 6)).batch == 4
     assert name_kind("layers.0.experts.0.weight", torch.zeros(4, 6)) == Kind()
+    assert name_kind("layers.0.experts.0", torch.zeros(4, 6, 5)) == Kind()
 
 
 def test_models_of_transformers() -> None:

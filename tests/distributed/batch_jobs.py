@@ -66,15 +66,24 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.arange(BATCH) % (EXPERTS - 1 if 5 <= step < 12 else EXPERTS), y
 
 
-def job(config: dict[str, Any], steps: int, told: bool = True) -> tuple[np.ndarray, dict[str, float]]:
-    """Stacked, under DeepSpeed; `told` says whether the module says how many experts it has."""
+def job(
+    config: dict[str, Any], steps: int, told: bool = True, folder: str = "", save_at: int = 0, resume: bool = False
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Stacked, under DeepSpeed; `told` says whether the module says how many experts it has.
+
+    With a folder the run saves there at `save_at`, or resumes from there and trains on from that step.
+    """
     import deepspeed
 
     model = Model(told)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     engine, *_ = ds_shampoo.initialize(model=model, model_parameters=model.parameters(), config=config)
     try:
-        for step in range(steps):
+        if resume:
+            engine.load_checkpoint(folder)
+        for step in range(save_at if resume else 0, steps):
+            if folder and step == save_at and not resume:
+                engine.save_checkpoint(folder)
             loss = engine(*(part.chunk(ranks)[rank] for part in batch(step)))
             engine.backward(loss)
             engine.step()

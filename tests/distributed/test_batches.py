@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,15 @@ def test_told_by_the_json(pools: Pools, ranks: int, stage: int) -> None:
 def test_their_own_norms_where_they_have_no_blocks(pools: Pools, stage: int) -> None:
     """Ranks' borders run through experts, whose gradients are normalised one by one."""
     check(pools, 2, stage, {"grafting": "adam_normalized", "max_preconditioner_dim": 14})
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_they_resume_bit_for_bit(pools: Pools, tmp_path: Path, stage: int) -> None:
+    config = engine_config({**SHAMPOO, "block_size": 8}, stage, 2, size=batch_jobs.BATCH)
+    saved = {"folder": str(tmp_path), "save_at": 7}
+    straight = pools(2).run(batch_jobs.job, config, STEPS, **saved)
+    resumed = pools(2).run(batch_jobs.job, config, STEPS, **saved, resume=True)
+    assert all(np.array_equal(before, after) for (before, _), (after, _) in zip(straight, resumed, strict=True))
 
 
 @pytest.mark.parametrize("key", ["batch_dims", "roles"])
