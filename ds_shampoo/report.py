@@ -17,7 +17,7 @@ from ds_shampoo.sharding.table import BlockTable
 _WIDTH = 140
 
 # Factors and roots of more than so many times their weights' bytes are warned of, from 1 MiB on. Under the default of
-# max_factor_ratio they have up to 34 times, in blocks of 32 x 2.
+# max_factor_ratio they have up to 33 times, in blocks of 32 x 2.
 OUTWEIGHED = 40
 _NEGLIGIBLE_BYTES = 2**20
 # A matrix as tall as vocabularies make them: so many rows, and so many times its columns.

@@ -6,7 +6,7 @@ import enum
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -162,9 +162,8 @@ def _name_role(parts: Sequence[str], parameter: Tensor) -> Role:
 def _modules_by_role(model: nn.Module, members: _Members) -> Iterator[tuple[Role, set[str]]]:
     """The plain paths of a model's modules that have a role; one that comes later overrules."""
     yield Role.HEAD, _nested_heads(members)
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    yield Role.HEAD, set(_paths(model, lambda module: module is output))
+    outputs = {id(module.get_output_embeddings()) for module in model.modules() if _may_have_a_head(module)}
+    yield Role.HEAD, set(_paths(model, lambda module: id(module) in outputs))
     yield Role.EMBEDDING, set(_paths(model, lambda module: isinstance(module, nn.Embedding | nn.EmbeddingBag)))
     yield Role.DEPTHWISE, set(_paths(model, _is_depthwise))
 
@@ -173,6 +172,10 @@ def _paths(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[st
     for path, module in model.named_modules(remove_duplicate=False):
         if wanted(module):
             yield _module_path(plain_name(f"{path}.weight"))
+
+
+def _may_have_a_head(module: nn.Module) -> TypeGuard[Any]:
+    return callable(getattr(module, "get_output_embeddings", None))
 
 
 def _is_depthwise(module: nn.Module) -> bool:

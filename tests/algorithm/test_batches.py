@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -90,6 +91,7 @@ def test_taken_for_one_tensor_the_experts_mix() -> None:
 shapes = st.lists(st.integers(1, 7), min_size=2, max_size=4).map(tuple)
 
 
+@hypothesis_settings(deadline=None)
 @given(shapes, st.integers(2, 5), st.integers(1, 8), st.booleans(), st.none() | st.integers(1, 7), st.booleans())
 def test_a_batch_is_cut_as_each_of_its_matrices(
     shape: tuple[int, ...], batch: int, block_size: int, merge: bool, limit: int | None, spare: bool

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_shampoo.algorithm.blocks import cut, merge_small_dims
@@ -13,6 +13,7 @@ from ds_shampoo.algorithm.blocks import cut, merge_small_dims
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 12), st.booleans(), st.sampled_from([None, 0, -1]), st.none() | st.integers(1, 9))
 def test_blocks_tile_the_parameter(
     shape: tuple[int, ...], block_size: int, merge: bool, skip: int | None, limit: int | None
@@ -35,6 +36,7 @@ def test_blocks_tile_the_parameter(
     assert bool((hits == 1).all())
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 100))
 def test_merging_keeps_the_size_and_two_dims(shape: tuple[int, ...], limit: int) -> None:
     dims = tuple(dim for dim in shape if dim != 1)
@@ -75,6 +77,7 @@ def test_a_large_dim_is_left_whole_and_unpreconditioned() -> None:
     assert cut("w", (100, 60), block_size=4, max_preconditioner_dim=50) is None
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 12), st.floats(1, 4), st.sampled_from([None, 0, -1]))
 def test_no_factor_outweighs_its_block_by_more_than_the_ratio(
     shape: tuple[int, ...], block_size: int, ratio: float, skip: int | None

@@ -159,6 +159,19 @@ def test_a_tied_head_is_an_embedding() -> None:
     assert roles(model)[id(model.words.weight)] is Role.EMBEDDING
 
 
+def test_a_head_that_an_inner_module_names() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.strange = nn.Linear(WIDTH, VOCABULARY)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.strange
+
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Inner())
+    assert [role for role in roles(model).values() if role is not Role.WEIGHT] == [Role.HEAD]
+
+
 def test_depthwise_convolutions() -> None:
     model = nn.ModuleDict(
         {

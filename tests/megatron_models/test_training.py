@@ -61,6 +61,15 @@ def test_one_trajectory(pools: Pools, ranks: int, tensor_parallel: int, how: dic
     check(pools(ranks).run(training.job, STEPS, tensor_parallel, **WHOLE_LOOP, **how), reference(pools, **WHOLE_LOOP))
 
 
+def test_more_ranks_than_query_groups(pools: Pools, tmp_path: Path) -> None:
+    """The slices' border falls within the one group; a checkpoint goes from one size to the other."""
+    shared = {"num_query_groups": 1, "settings": {"block_size": 8}, "folder": str(tmp_path), "save_at": 4}
+    (whole,) = pools(1).run(training.job, 10, distributed=True, **shared)
+    halves = pools(2).run(training.job, 10, 2, distributed=True, **shared, resume=True)
+    assert halves[0].losses == pytest.approx(whole.losses[4:], rel=FP32)
+    assert {n for r in halves for n in r.preconditioned} == set(whole.preconditioned)
+
+
 @pytest.mark.parametrize("how", [{}, {"distributed": True}], ids=["dp", "distributed"])
 def test_pipelines(pools: Pools, how: dict[str, Any]) -> None:
     runs = pools(2).run(training.job, STEPS, pipeline_parallel=2, by_name=True, clip=1.0, **how)
