@@ -26,7 +26,7 @@ class LogicalParameter:
         name: its name in the model, or "param_<number>".
         tensor: the parameter itself.
         shape: its full shape.
-        role: weight, embedding or output head.
+        role: what it is taken for.
         excluded: whether the user said `preconditioned: false`.
         sections: those of the whole matrix of which `shape` is a tensor-parallel rank's slice; None where it is whole.
         vocabulary_dim: of an embedding or head, the dimension over the vocabulary: 0, -1, or None for neither.
