@@ -82,7 +82,7 @@ class GroupSettings(BaseModel):
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
     # Of the elements of a block's largest factor to the block's.
-    max_factor_ratio: Annotated[float, Field(ge=1)] | None = 16.0
+    max_factor_ratio: Annotated[float, Field(ge=1, le=1e6)] | None = 16.0
     merge_small_dims: bool = True
     embedding: Literal["diagonal", "one_sided", "blocked"] = "diagonal"
     # The ridge relative to the largest eigenvalue.
@@ -222,7 +222,8 @@ def _validate(model: type[_Settings], settings: Mapping[str, Any]) -> _Settings:
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise _unknown(key, settings[key], model.model_fields) from None
-        place = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
+        patterns = settings[key] if isinstance(settings[key], dict) else ()
+        place = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int) or part in patterns)
         raise SettingsError(
             f"Shampoo setting '{key}{place}' = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
         ) from None

@@ -522,5 +522,7 @@ class Shampoo(Optimizer):
         found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor)
         known_as = patterns.Named((*self._aliases.get(id(tensor), ()), own_name, name), shape)
         kind = patterns.overruled(self._config, known_as, found)
-        sections = self.layout.sections(own_name, tensor)
-        return LogicalParameter(name, tensor, shape, kind.role, excluded, sections, kind.vocabulary_dim, kind.batch)
+        sections, dim = self.layout.sections(own_name, tensor), kind.vocabulary_dim
+        return LogicalParameter(
+            name, tensor, shape, kind.role, excluded, sections, vocabulary_dim=dim, batch=kind.batch
+        )

@@ -86,8 +86,7 @@ def check(units: Sequence[Piece], reader: BlockReader) -> None:
             for block, *_ in unit.sharded.slots():
                 if not reader.holds(str(block), block.origin, block.shape):
                     raise CheckpointError(
-                        f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another "
-                        "model, or with other 'roles' or 'batch_dims'"
+                        f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another model"
                     )
     reader.verify(own_blocks(units) & set(reader.blocks))
 

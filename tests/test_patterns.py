@@ -75,8 +75,14 @@ def test_they_work_on_names_that_are_passed() -> None:
         ({"batch_dims": {"expert*": 1}}, r"'batch_dims' has the pattern 'expert\*', which matches no parameter"),
         ({"batch_dims": {"kernels.*": 2}}, r"'batch_dims' says 2 of 'kernels.0' of shape \(3, 5, 4\): at least two"),
         ({"batch_dims": {"*": 1}}, r"'batch_dims' says 1 of 'first.weight' of shape \(6, 6\)"),
-        ({"roles": {"first.*": "hidden"}}, r"'roles.*' = 'hidden': Input should be 'weight', 'embedding', 'head' or"),
-        ({"batch_dims": {"kernels.*": -1}}, r"'batch_dims.*' = -1: Input should be greater than or equal to 0"),
+        (
+            {"roles": {"first.*": "hidden"}},
+            r"'roles\[first\.\*\]' = 'hidden': Input should be 'weight', 'embedding', 'head' or",
+        ),
+        (
+            {"batch_dims": {"kernels.*": -1}},
+            r"'batch_dims\[kernels\.\*\]' = -1: Input should be greater than or equal to 0",
+        ),
         ({"roles": ["first"]}, r"'roles' = \['first'\]: Input should be a valid dictionary"),
     ],
 )
