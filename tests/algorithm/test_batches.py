@@ -131,3 +131,14 @@ def test_where_the_matrices_lie(shape: tuple[int, ...], batch: int, each: tuple[
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(7, 3\) does not divide: 2 matrices are left over"):
         matrix_shape((7, 3), 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_table_s_bytes_are_those_that_are_kept(dtype: str) -> None:
+    named = {"experts.w": (EXPERTS, 12, 10), "tall": (300, 2), "wide": (3, 200), "square": (40, 40)}
+    params = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in named.items()]
+    optimizer = Shampoo(params, block_size=64, max_factor_ratio=4.0, root_dtype=dtype)
+    for group in (piece.unit.sharded for piece in optimizer.units()):
+        kept = sum(tensor.nbytes for stack in group.stacks for tensor in (*stack.factors, *stack.roots))
+        assert kept == sum(group.table.state_bytes) > 0
+        assert all(max(block.factor_dims) ** 2 <= 4 * block.numel for block in group.table.blocks)
