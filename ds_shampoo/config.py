@@ -129,6 +129,8 @@ class GroupSettings(BaseModel):
     direction_rms: Annotated[float, Field(ge=1e-10, le=1e6)] | None = None
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
+    # Of the elements of a block's largest factor to the block's.
+    max_factor_ratio: Annotated[float, Field(ge=1, le=1e6)] | None = 16.0
     merge_small_dims: bool = True
     embedding: Literal["diagonal", "one_sided", "blocked"] = "diagonal"
     # The ridge relative to the largest eigenvalue.
@@ -150,6 +152,9 @@ class GroupSettings(BaseModel):
 class ShampooConfig(GroupSettings):
     """Everything the JSON's `optimizer.params` section may hold: the group settings and the job-wide ones."""
 
+    # By patterns of parameters' names.
+    roles: dict[str, Literal["weight", "embedding", "head", "none"]] | None = None
+    batch_dims: dict[str, Annotated[int, Field(ge=0)]] | None = None
     exchange_dtype: Dtype = "float32"
     root_overlap: bool = True
     root_delay: Annotated[int, Field(ge=0)] | None = None
@@ -276,7 +281,8 @@ def _validate(model: type[_Settings], settings: Mapping[str, Any]) -> _Settings:
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise _unknown(key, settings[key], model.model_fields) from None
-        place = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
+        patterns = settings[key] if isinstance(settings[key], dict) else ()
+        place = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int) or part in patterns)
         raise SettingsError(
             f"Shampoo setting '{key}{place}' = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
         ) from None

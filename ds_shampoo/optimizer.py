@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ds_shampoo import resuming, wrappers
+from ds_shampoo import patterns, resuming, wrappers
 from ds_shampoo.algorithm import multi_tensor, products, selection
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
@@ -30,7 +30,7 @@ from ds_shampoo.elementwise import new_state
 from ds_shampoo.group import ShardedGroup
 from ds_shampoo.metrics import collect
 from ds_shampoo.nested import BLOCKS
-from ds_shampoo.report import render
+from ds_shampoo.report import concerns, render
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout
 from ds_shampoo.state import ShownBlocks, in_full
 from ds_shampoo.transaction import Transaction
@@ -60,6 +60,8 @@ class Shampoo(Optimizer):
             norm of its grafting step.
         block_size: dimensions are cut at multiples of this.
         max_preconditioner_dim: a larger dimension is left unpreconditioned; None for no limit.
+        max_factor_ratio: a block's longest side is cut shorter where its factor would have more than so many times the
+            block's elements; None for no limit.
         merge_small_dims: fold small adjacent dimensions of tensors with three or more.
         embedding: what embeddings and output heads get: "diagonal" (grafting only), "one_sided" or "blocked".
         matrix_epsilon: ridge of the inverse roots, relative to the largest eigenvalue.
@@ -73,6 +75,10 @@ class Shampoo(Optimizer):
         root_dtype: "float32" or "bfloat16", in which roots are kept between steps.
         root_refresh_threshold: skip a root whose statistic moved less than this; 0 never skips.
         max_root_failures: boundaries without a new root after which a block takes its grafting step.
+        roles: by pattern of parameters' names, as `fnmatch` takes it: "weight", "embedding", "head" or "none" (grafting
+            only), where names and modules tell it wrongly. The first pattern that matches holds; None for no pattern.
+        batch_dims: by such patterns, how many leading dimensions number independent matrices, as a layer's experts; 0
+            for one tensor. None for what names and modules tell.
         exchange_dtype: "float32" or "bfloat16", of what travels between ranks.
         root_overlap: compute roots on background host threads; False computes them within the step.
         root_delay: steps from a root's statistics to the step at which it is put in force, at most root_interval;
@@ -104,6 +110,7 @@ class Shampoo(Optimizer):
         direction_rms: float | None = None,
         block_size: int = 1024,
         max_preconditioner_dim: int | None = None,
+        max_factor_ratio: float | None = 16.0,
         merge_small_dims: bool = True,
         embedding: Literal["diagonal", "one_sided", "blocked"] = "diagonal",
         matrix_epsilon: float = 1e-6,
@@ -117,6 +124,8 @@ class Shampoo(Optimizer):
         root_dtype: Dtype = "float32",
         root_refresh_threshold: float = 0.0,
         max_root_failures: int = 5,
+        roles: dict[str, Literal["weight", "embedding", "head", "none"]] | None = None,
+        batch_dims: dict[str, int] | None = None,
         exchange_dtype: Dtype = "float32",
         root_overlap: bool = True,
         root_delay: int | None = None,
@@ -132,7 +141,8 @@ class Shampoo(Optimizer):
         self._config = config
         self.layout = layout if layout is not None else WholeLayout()
         self._names = selection.names(model) if model is not None else {}
-        self._roles = selection.roles(model) if model is not None else {}
+        self._kinds = selection.kinds(model) if model is not None else {}
+        self._aliases = selection.aliases(model) if model is not None else {}
         self._units = Units(config, self.layout, self._names)
         self._transaction = Transaction()
         self._shown = ShownBlocks()
@@ -149,6 +159,7 @@ class Shampoo(Optimizer):
         super().__init__(params, defaults)
         if layout is None:
             wrappers.warn_of_repeated_work(model)
+        patterns.check(config, patterns.named(model, self._units.logical, self.layout), self.layout.over_ranks)
         first = next((parameter for group in self._units.logical for parameter in group), None)
         device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
         self._units.place()
@@ -505,6 +516,8 @@ class Shampoo(Optimizer):
         if all(group.table.partition.rank == 0 for group in groups):
             logger.info("\n%s", self._table())
             wrappers.say_what_is_left_out([group.table for group in groups], self.places, self._said)
+            for concern in concerns([group.table for group in groups], by_name_only=not self._aliases):
+                logger.warning(concern)
             for workplace in self._units.workplaces:
                 workplace.service.warn_of_crowding()
 
@@ -522,6 +535,11 @@ class Shampoo(Optimizer):
         own_name = name or self._names.get(id(tensor), position)
         unfit = wrappers.check_parameter(own_name, tensor)
         name = self.layout.name(own_name, tensor)
-        role = self._roles.get(id(tensor)) or selection.name_role(name, tensor)
         shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
-        return LogicalParameter(name, tensor, shape, role, excluded, self.layout.sections(own_name, tensor), unfit)
+        found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor)
+        known_as = patterns.Named((*self._aliases.get(id(tensor), ()), own_name, name), shape)
+        kind = patterns.overruled(self._config, known_as, found)
+        sections, dim = self.layout.sections(own_name, tensor), kind.vocabulary_dim
+        return LogicalParameter(
+            name, tensor, shape, kind.role, excluded, sections, unfit, vocabulary_dim=dim, batch=kind.batch
+        )

@@ -5,15 +5,27 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
 
+from ds_shampoo.algorithm import cost
 from ds_shampoo.sharding.table import BlockTable
 
 _WIDTH = 140
+
+# Factors and roots of more than so many times their weights' bytes are warned of, from 1 MiB on. Under the default of
+# max_factor_ratio they have up to 33 times, in blocks of 32 x 2.
+OUTWEIGHED = 40
+_NEGLIGIBLE_BYTES = 2**20
+# A matrix as tall as vocabularies make them: so many rows, and so many times its columns.
+_TALL_ROWS = 8192
+_TALL_RATIO = 8
+# The name of a parameter that was passed without one.
+UNNAMED = re.compile(r"param_\d+")
+_LISTED = 5
 
 
 @dataclass
@@ -51,6 +63,65 @@ def render(tables: Sequence[BlockTable]) -> str:
     return capture.get()
 
 
+def concerns(tables: Sequence[BlockTable], by_name_only: bool) -> list[str]:
+    """What deserves a warning at start, the same on every rank.
+
+    Args:
+        by_name_only: no model was given, so that embeddings and heads were known by their names alone.
+    """
+    found = [_outweighed(tables), _untold(tables) if by_name_only else ""]
+    return [text for text in found if text]
+
+
+def _outweighed(tables: Sequence[BlockTable]) -> str:
+    """Matrices whose factors and roots outweigh them."""
+    rows = {
+        name: row
+        for name, row in _rows(tables).items()
+        if row.bytes > max(OUTWEIGHED * _weight_bytes(row), _NEGLIGIBLE_BYTES)
+    }
+    if not rows:
+        return ""
+    state, weights = (
+        sum(each) for each in zip(*((row.bytes, _weight_bytes(row)) for row in rows.values()), strict=True)
+    )
+    return (
+        f"factors and roots take {human_bytes(state)} for the {human_bytes(weights)} of {_listed(rows)}: a smaller "
+        "max_factor_ratio or block_size cuts such matrices finer, and max_preconditioner_dim leaves their long side out"
+    )
+
+
+def _untold(tables: Sequence[BlockTable]) -> str:
+    """Matrices that may be embeddings or heads, where there are no modules to tell."""
+    rows = {name: row for name, row in _rows(tables).items() if row.blocks}
+    tall = {name: row for name, row in rows.items() if _is_tall(row.shape)}
+    if rows and all(UNNAMED.fullmatch(name) for table in tables for name in table.blocked):
+        return (
+            "Shampoo was given neither a model nor names, and can't tell embeddings and output heads from other "
+            "matrices: pass model=..., or (name, parameter) pairs"
+        )
+    if not tall:
+        return ""
+    return (
+        "without model=... embeddings and output heads are known by their names alone, and what may be one is "
+        f"preconditioned as a weight: {_listed(tall)}; pass the model, or say what it is by the setting 'roles'"
+    )
+
+
+def _weight_bytes(row: _Row) -> int:
+    return cost.FP32_BYTES * math.prod(row.shape) * row.parameters
+
+
+def _is_tall(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and shape[0] >= max(_TALL_ROWS, _TALL_RATIO * shape[1])
+
+
+def _listed(rows: Mapping[str, _Row]) -> str:
+    """The first few by name and shape, and how many more there are."""
+    shown = [f"{name} ({_by(row.shape)})" for name, row in list(rows.items())[:_LISTED]]
+    return ", ".join(shown) + (f" and {len(rows) - _LISTED} more" if len(rows) > _LISTED else "")
+
+
 def human_bytes(count: int) -> str:
     """A byte count with a binary unit and one decimal."""
     power = min(int(math.log2(count)) // 10, 4) if count else 0
@@ -70,7 +141,7 @@ def _rows(tables: Sequence[BlockTable]) -> dict[str, _Row]:
             row = rows.setdefault(pattern, _Row(shape, reason))
             row.parameters += 1
             for block in blocked.blocks if blocked is not None else ():
-                row.blocks[block.shape] += 1
+                row.blocks[block.matrix_shape] += 1
                 row.owners[owners[block]] += 1
                 row.bytes += state_bytes[block]
     return rows

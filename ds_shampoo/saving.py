@@ -19,7 +19,7 @@ from ds_shampoo.units import Piece
 logger = logging.getLogger("ds_shampoo")
 
 # Settings that decide which blocks there are; a checkpoint made with others can't be taken up.
-STRUCTURAL = ("block_size", "max_preconditioner_dim", "merge_small_dims", "embedding")
+STRUCTURAL = ("block_size", "max_preconditioner_dim", "max_factor_ratio", "merge_small_dims", "embedding")
 
 
 def blocks_state(groups: Iterable[ShardedGroup]) -> dict[str, Any]:

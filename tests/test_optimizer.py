@@ -357,7 +357,7 @@ def test_closures() -> None:
     [
         (
             {"root_intervall": 5},
-            r"'root_intervall' = 5: unknown key; did you mean 'root_interval'\? The keys are: betas",
+            r"'root_intervall' = 5: unknown key; did you mean 'root_interval'\? The keys are: batch_dims, betas",
         ),
         ({"colour": 1}, r"'colour' = 1: unknown key; The keys are"),
         ({"lr": -1.0}, r"'lr' = -1.0: Input should be greater than or equal to 0"),
@@ -369,6 +369,8 @@ def test_closures() -> None:
         ({"block_size": 0}, r"'block_size' = 0: Input should be greater than or equal to 1"),
         ({"block_size": 2.5}, r"'block_size' = 2.5: Input should be a valid integer"),
         ({"nesterov": 1}, r"'nesterov' = 1: Input should be a valid boolean"),
+        ({"max_factor_ratio": 0.5}, r"'max_factor_ratio' = 0.5: Input should be greater than or equal to 1"),
+        ({"max_factor_ratio": 1e300}, r"'max_factor_ratio' = 1e\+300: Input should be less than or equal to 1000000"),
         ({"statistics_beta": 0.0}, r"'statistics_beta' = 0.0: Input should be greater than 0"),
         ({"matrix_epsilon": 0.5}, r"'matrix_epsilon' = 0.5: Input should be less than or equal to 0.1"),
         ({"root_method": "cholesky"}, r"'root_method' = 'cholesky': Input should be 'eigh' or 'newton'"),

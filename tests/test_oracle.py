@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "grafting": "adam",
     "block_size": 8,
     "max_preconditioner_dim": None,
+    "max_factor_ratio": 16.0,
     "merge_small_dims": True,
     "embedding": "diagonal",
     "matrix_epsilon": 1e-3,
@@ -100,8 +101,14 @@ class Oracle:
         if not on:
             return None
         cuts = []
+        extent = [min(s["block_size"], d) if i in on else d for i, d in enumerate(dims)]
+        longest = max(on, key=lambda i: extent[i])
+        measure = math.inf if s["max_factor_ratio"] is None else s["max_factor_ratio"]
+        measure *= math.prod(extent) / extent[longest]
         for i, d in enumerate(dims):
             size = s["block_size"] if i in on else d
+            if i == longest and extent[i] > measure:
+                size = math.floor(measure)
             cuts.append([slice(a, min(a + size, d)) for a in range(0, d, size)])
         places = list(itertools.product(*cuts))
         state = [
@@ -312,6 +319,8 @@ def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> 
         {"embedding": "blocked"},
         {"max_preconditioner_dim": 9},
         {"max_preconditioner_dim": 9, "embedding": "one_sided"},
+        {"max_factor_ratio": 1.0, "block_size": 30, "embedding": "blocked"},
+        {"max_factor_ratio": 1.5, "block_size": 30, "embedding": "one_sided", "merge_small_dims": False},
         {"inverse_exponent_override": 3},
         {"preconditioner": "spectral"},
         {"preconditioner": "spectral", "direction_rms": 0.2, "momentum": "after"},

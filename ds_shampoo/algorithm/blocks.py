@@ -20,6 +20,8 @@ class Block:
         shape: its extent, per dimension of the merged shape.
         preconditioned: the dimensions that have a Kronecker factor.
         origin: `starts` in the parameter's whole tensor, of which tensor-parallel ranks hold a slice each.
+        batch_dims: 1 where the merged shape's first dimension numbers independent matrices, of which a block is a part
+            of one; else 0.
     """
 
     parameter: str
@@ -28,6 +30,7 @@ class Block:
     shape: tuple[int, ...]
     preconditioned: tuple[int, ...]
     origin: tuple[int, ...]
+    batch_dims: int = 0
 
     @property
     def numel(self) -> int:
@@ -37,6 +40,11 @@ class Block:
     def factor_dims(self) -> tuple[int, ...]:
         """The orders of the block's Kronecker factors."""
         return tuple(self.shape[dim] for dim in self.preconditioned)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Its extent in the matrix that it is a part of: `shape` without batch dimensions."""
+        return self.shape[self.batch_dims :]
 
     def __str__(self) -> str:
         return f"{self.parameter}[{self.index}]"
@@ -81,28 +89,52 @@ def merge_small_dims(shape: Sequence[int], limit: int) -> tuple[int, ...]:
     return tuple(dims)
 
 
+def matrix_shape(shape: Sequence[int], batch: int) -> tuple[int, ...]:
+    """The shape of each of `batch` matrices that lie one after another in a tensor of `shape`.
+
+    They are numbered by leading dimensions, or are runs of rows of the first: (8, 3, 4) and (24, 4) in a batch of 8
+    both are matrices (3, 4).
+    """
+    dims = list(shape)
+    while batch > 1:
+        common = math.gcd(batch, dims[0])
+        batch //= common
+        dims[0] //= common
+        if dims[0] == 1 and len(dims) > 1:
+            del dims[0]
+        elif common == 1:
+            raise ValueError(f"a tensor of shape {tuple(shape)} does not divide: {batch} matrices are left over")
+    return tuple(dims)
+
+
 def cut(
     parameter: str,
     shape: Sequence[int],
     *,
     block_size: int,
     max_preconditioner_dim: int | None = None,
+    max_factor_ratio: float | None = None,
     merge: bool = True,
-    skip_first_dim: bool = False,
+    skip_dim: int | None = None,
     sections: Sequence[Section] | None = None,
+    batch: int = 1,
 ) -> BlockedParameter | None:
     """Cuts a parameter of `shape` into blocks (section 1 of docs/algorithm.md).
 
     Args:
+        max_factor_ratio: where the factor of a block's longest side would have more than so many times the block's
+            elements, that side is cut shorter, to so many times the product of the others; at least 1.
+        skip_dim: leave this dimension unpreconditioned and uncut, the first (0) or the last (-1): a vocabulary's, of
+            one-sided embeddings.
         sections: those of the whole matrix of which `shape` is this rank's slice; blocks are numbered over all of
             it. None where the parameter is one section.
-        skip_first_dim: leave the first dimension unpreconditioned and uncut (one-sided embeddings).
+        batch: so many independent matrices lie one after another in the parameter (`matrix_shape`); each is cut by
+            itself, and merging and limits are about its own dimensions.
 
     Returns:
-        None where nothing is left to precondition: fewer than two dimensions above 1, or none within
-        `max_preconditioner_dim`.
+        None where nothing is left to precondition: fewer than two dimensions above 1, or none within the limits.
     """
-    dims = tuple(dim for dim in shape if dim != 1)
+    dims = tuple(dim for dim in matrix_shape(shape, batch) if dim != 1)
     if len(dims) < 2 or 0 in dims:
         return None
     if sections is None:
@@ -110,19 +142,46 @@ def cut(
         boxes: Sequence[Section] = [Section((0,) * len(dims), dims, (0,) * len(dims))]
     else:
         boxes = sections
-    limit = math.inf if max_preconditioner_dim is None else max_preconditioner_dim
     extent = [max(box.origin[i] + box.shape[i] for box in boxes) for i in range(len(dims))]
-    preconditioned = tuple(i for i, dim in enumerate(extent) if dim <= limit and not (skip_first_dim and i == 0))
+    limit = math.inf if max_preconditioner_dim is None else max_preconditioner_dim
+    skipped = None if skip_dim is None else skip_dim % len(dims)
+    preconditioned = [i for i, dim in enumerate(extent) if dim <= limit and i != skipped]
     if not preconditioned:
         return None
     sizes = [block_size if i in preconditioned else extent[i] for i in range(len(dims))]
+    if max_factor_ratio is not None:
+        sizes = _shortened(extent, sizes, max_factor_ratio, preconditioned)
+    if batch > 1:
+        boxes, sizes, dims = _stacked(boxes, batch), [1, *sizes], (batch, *dims)
+        preconditioned = [i + 1 for i in preconditioned]
     found = sorted(piece for box in boxes for piece in _pieces(box, sizes))
     blocks = tuple(
-        Block(parameter, index, starts, shape, preconditioned, origin)
+        Block(parameter, index, starts, shape, tuple(preconditioned), origin, int(batch > 1))
         for index, (origin, shape, starts) in enumerate(found)
         if starts is not None
     )
     return BlockedParameter(parameter, dims, blocks)
+
+
+def _shortened(extent: Sequence[int], sizes: Sequence[int], ratio: float, dims: Sequence[int]) -> list[int]:
+    """`sizes` with the longest of `dims` at most `ratio` times as long as the product of the others.
+
+    Judged by whole blocks, not by what is left over at a border, so that all of a dimension is cut alike. A shorter
+    dimension is within such a ratio anyhow.
+    """
+    found = list(sizes)
+    whole = [min(dim, size) for dim, size in zip(extent, sizes, strict=True)]
+    longest = max(dims, key=lambda i: whole[i])
+    found[longest] = min(found[longest], max(1, int(ratio * (math.prod(whole) // whole[longest]))))
+    return found
+
+
+def _stacked(boxes: Sequence[Section], batch: int) -> list[Section]:
+    """Sections of one matrix as those of a batch of them."""
+    return [
+        Section((0, *box.origin), (batch, *box.shape), None if box.starts is None else (0, *box.starts))
+        for box in boxes
+    ]
 
 
 def _pieces(

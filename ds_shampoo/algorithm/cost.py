@@ -22,7 +22,8 @@ def direction_flops(block: Block, preconditioner: str = "shampoo") -> float:
     rotation = sum(2.0 * block.numel * dim for dim in block.factor_dims)
     if preconditioner == "shampoo":
         return rotation
-    order = min(block.shape[0], block.numel // block.shape[0])
+    rows = block.matrix_shape[0]
+    order = min(rows, block.numel // rows)
     return 2 * rotation + STEPS * (4.0 * order * block.numel + 2.0 * order**3)
 
 

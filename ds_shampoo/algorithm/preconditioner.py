@@ -123,7 +123,7 @@ class SpectralPreconditioner(ShampooPreconditioner):
         """The directions; a block of more than two dimensions is orthogonal as its first against the others."""
         whitened = super().apply(vectors, scratch)
         other = scratch if whitened is vectors else vectors
-        count, rows = whitened.shape[:2]
+        count, rows = len(whitened), self.blocks[0].matrix_shape[0]
         orthogonalize(whitened.view(count, rows, -1), other.view(count, rows, -1))
         return super().apply(other, whitened)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,10 @@ from torch import Tensor
 from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.deepspeed.experts import expert_group, global_name
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.order import Rounds, union_over_ranks
+from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
+
+_Said = TypeVar("_Said")
 
 # The flat fp32 tensors of stages 1 and 2 and of BF16_Optimizer, and of which parameters each is made.
 _FLAT_GROUPS = (
@@ -73,12 +75,12 @@ class _EngineLayout:
         found: Sequence[Section] | None = ask(engine.module, name, parameter) if ask is not None else None
         return found
 
+    def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
+        return concatenated_over_ranks(own) if self._divides_the_model() else own
+
     def everyones(self, rounds: Rounds) -> Rounds:
         """Under pipeline, expert and tensor parallelism other ranks have other blocks; ranks are ordered by stage."""
-        engine = self._present_engine()
-        if not (engine.pipeline_parallelism or engine.has_moe_layers or engine.mp_world_size > 1):
-            return rounds
-        return union_over_ranks(rounds)
+        return union_over_ranks(rounds) if self._divides_the_model() else rounds
 
     def parts(self, index: int) -> Sequence[Tensor] | None:
         return None
@@ -109,6 +111,10 @@ class _EngineLayout:
         if not torch.equal(found.to(present), present):
             raise _misread(_difference(parameter.name, found, present))
         self._proved.add(claim)
+
+    def _divides_the_model(self) -> bool:
+        engine = self._present_engine()
+        return bool(engine.pipeline_parallelism or engine.has_moe_layers or engine.mp_world_size > 1)
 
     def _present_engine(self) -> Any:
         engine = self._engine()

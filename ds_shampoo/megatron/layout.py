@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,10 @@ from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.megatron.names import Place
 from ds_shampoo.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.order import Rounds, union_over_ranks
+from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
+
+_Said = TypeVar("_Said")
 
 
 class Run(NamedTuple):
@@ -82,6 +84,9 @@ class MegatronLayout:
         place = self._places[id(parameter)]
         rank, world_size = dist.get_rank(self.slices), dist.get_world_size(self.slices)
         return sections(place.chunk, place.local_name, parameter, rank, world_size)
+
+    def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
+        return concatenated_over_ranks(own)
 
     def everyones(self, rounds: Rounds) -> Rounds:
         return union_over_ranks(rounds)

@@ -2,13 +2,14 @@
 
 A block is to be the same piece of the same matrix at any tensor-parallel size. So no block crosses the border of a
 slice, nor one between the matrices that Megatron fuses: queries, keys and values of each query group (`linear_qkv`,
-`linear_kv`), and gate and up projection (`linear_fc1` of a gated unit).
+`linear_kv`), and gate and up projection (`linear_fc1` of a gated unit). With fewer query groups than ranks Megatron
+gives each rank an equal run of all groups one after another, so that a slice's border falls within one: that cuts too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
@@ -34,17 +35,30 @@ def sections(model: nn.Module, name: str, parameter: Tensor, rank: int, world_si
     dim = _sliced_dim(module, parameter) if len(shape) == 2 else None
     if dim is None:
         return None
-    runs = list(_runs(module, name, parameter, shape[dim]))
-    if sum(length for _, length in runs) != shape[dim]:
+    size = shape[dim]
+    groups = _groups(module, name, size * world_size)
+    if groups is None:
+        parts = _parts(module, name, parameter)
+        length = size // parts
+        runs = [
+            _Run((part * world_size + holder) * length, length, holder, part * length)
+            for holder in range(world_size)
+            for part in range(parts)
+        ]
+    else:
+        runs = list(_cut_at(size, groups))
+    if sum(run.length for run in runs) != size * world_size:
         raise ValueError(f"parameter '{name}' of shape {shape} does not fit the attention settings of its layer")
-    found = []
-    for holder in range(world_size):
-        at = 0
-        for stride, length in runs:
-            origin = at * world_size + holder * length if stride else holder * shape[dim] + at
-            found.append(_section(shape, dim, origin, length, at if holder == rank else None))
-            at += length
-    return found
+    return [_section(shape, dim, run, rank) for run in runs]
+
+
+class _Run(NamedTuple):
+    """A part of a sliced dimension that one rank holds: where it begins in the whole, and where in the rank's slice."""
+
+    origin: int
+    length: int
+    holder: int
+    at: int
 
 
 def _sliced_dim(module: nn.Module | None, parameter: Tensor) -> int | None:
@@ -56,29 +70,42 @@ def _sliced_dim(module: nn.Module | None, parameter: Tensor) -> int | None:
     return 0 if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) else None
 
 
-def _runs(module: nn.Module | None, name: str, parameter: Tensor, size: int) -> Iterator[tuple[bool, int]]:
-    """The parts of a slice in order: whether all ranks' slices of that part are neighbours, and its length."""
+def _parts(module: nn.Module | None, name: str, parameter: Tensor) -> int:
+    """How many matrices are fused so that each is sliced by itself, a rank's slices of all of them lying together."""
     config: Any = getattr(module, "config", None)
-    layer = name.rsplit(".", 2)[-2] if "." in name else ""
-    parts = int(getattr(parameter, "partition_stride", 1))
-    if layer == "linear_fc1" and config is not None and config.gated_linear_unit:
-        parts = 2
-    if layer in ("linear_qkv", "linear_kv") and config is not None:
-        yield from ((False, length) for length in _per_group(config, layer, size))
-    else:
-        yield from ((parts > 1, size // parts) for _ in range(parts))
+    if _layer(name) == "linear_fc1" and config is not None and config.gated_linear_unit:
+        return 2
+    return int(getattr(parameter, "partition_stride", 1))
 
 
-def _per_group(config: Any, layer: str, size: int) -> Iterator[int]:
-    """The heights of queries, keys and values of every query group in a slice of `size` rows."""
+def _groups(module: nn.Module | None, name: str, size: int) -> list[int] | None:
+    """The heights of queries, keys and values of every query group in a fused matrix of `size` rows, of all ranks."""
+    config: Any = getattr(module, "config", None)
+    if _layer(name) not in ("linear_qkv", "linear_kv") or config is None:
+        return None
     head, groups = config.kv_channels, config.num_query_groups or config.num_attention_heads
-    queries = config.num_attention_heads // groups
-    heights = [head, head]
-    if layer == "linear_qkv":
-        gate = [queries * head] if getattr(config, "attention_output_gate", False) else []
-        heights = [queries * head, *gate, *heights]
-    for _ in range(size // sum(heights)):
-        yield from heights
+    heights: list[int] = [head, head]
+    if _layer(name) == "linear_qkv":
+        queries = config.num_attention_heads // groups * head
+        gate = [queries] if getattr(config, "attention_output_gate", False) else []
+        heights = [queries, *gate, *heights]
+    return heights * (size // sum(heights))
+
+
+def _cut_at(size: int, lengths: Sequence[int]) -> Iterator[_Run]:
+    """Consecutive lengths, cut at the multiples of `size` too."""
+    start = 0
+    for length in lengths:
+        stop = start + length
+        while start < stop:
+            holder, at = divmod(start, size)
+            end = min(stop, (holder + 1) * size)
+            yield _Run(start, end - start, holder, at)
+            start = end
+
+
+def _layer(name: str) -> str:
+    return name.rsplit(".", 2)[-2] if "." in name else ""
 
 
 def _module_of(model: nn.Module, name: str) -> nn.Module | None:
@@ -89,9 +116,9 @@ def _module_of(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _section(shape: Sequence[int], dim: int, origin: int, length: int, local: int | None) -> Section:
+def _section(shape: Sequence[int], dim: int, run: _Run, rank: int) -> Section:
     def at(value: int) -> tuple[int, ...]:
         return (value, 0) if dim == 0 else (0, value)
 
-    extent = (length, shape[1]) if dim == 0 else (shape[0], length)
-    return Section(at(origin), extent, None if local is None else at(local))
+    extent = (run.length, shape[1]) if dim == 0 else (shape[0], run.length)
+    return Section(at(run.origin), extent, at(run.at) if run.holder == rank else None)

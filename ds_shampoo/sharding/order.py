@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch.distributed as dist
 
 from ds_shampoo.algorithm.blocks import Block
+
+_Said = TypeVar("_Said")
 
 # Blocks whose boundaries are spread together, by what tells one such round from another.
 Rounds: TypeAlias = Mapping[Hashable, Sequence[Block]]
@@ -36,6 +38,11 @@ def model_order(names: Iterable[str]) -> list[str]:
         return layers[before], number, templates[before, after]
 
     return sorted(distinct, key=key)
+
+
+def concatenated_over_ranks(own: Sequence[_Said]) -> list[_Said]:
+    """What all ranks of the job say, one after another."""
+    return [said for rank in _gathered(own) for said in rank]
 
 
 def names_over_ranks(names: Sequence[str]) -> list[str]:

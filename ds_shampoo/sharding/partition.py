@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.order import Rounds
 
+_Said = TypeVar("_Said")
+
 
 @dataclass(frozen=True)
 class LogicalParameter:
@@ -24,10 +26,12 @@ class LogicalParameter:
         name: its name in the model, or "param_<number>".
         tensor: the parameter itself.
         shape: its full shape.
-        role: weight, embedding or output head.
+        role: what it is taken for.
         excluded: whether the user said `preconditioned: false`.
         sections: those of the whole matrix of which `shape` is a tensor-parallel rank's slice; None where it is whole.
         unfit: what keeps it from being trained, as a quantised weight that nobody trains; empty for an ordinary one.
+        vocabulary_dim: of an embedding or head, the dimension over the vocabulary: 0, -1, or None for neither.
+        batch: so many independent matrices lie one after another in it, as a layer's experts do.
     """
 
     name: str
@@ -37,6 +41,8 @@ class LogicalParameter:
     excluded: bool
     sections: Sequence[Section] | None = None
     unfit: str = ""
+    vocabulary_dim: int | None = 0
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,9 @@ class Layout(Protocol):
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
         """The sections of a matrix of which this rank may hold a slice only; None for what every rank has whole."""
 
+    def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
+        """What every rank of the job says, where ranks have different parts of the model; all ranks ask at once."""
+
     def everyones(self, rounds: Rounds) -> Rounds:
         """This rank's blocks together with those that other ranks have, in the model's order; all ranks ask at once."""
 
@@ -122,6 +131,9 @@ class WholeLayout:
 
     def sections(self, name: str, parameter: Tensor) -> None:
         return None
+
+    def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
+        return own
 
     def everyones(self, rounds: Rounds) -> Rounds:
         return rounds

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ds_shampoo.algorithm import cost
-from ds_shampoo.algorithm.blocks import Block, BlockedParameter, cut
+from ds_shampoo.algorithm.blocks import Block, BlockedParameter, cut, matrix_shape
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.config import DTYPES, GroupSettings
 from ds_shampoo.sharding.fragments import Fragment, Piece, pieces_of
@@ -22,6 +23,7 @@ class BlockTable:
     Attributes:
         partition: where the elements lie.
         shapes: by name, each parameter's full shape.
+        batches: by name, how many independent matrices each parameter holds.
         blocked: by name, each parameter's blocks, or None with the reason why it has none.
         blocks: all blocks in an order that all ranks share; a block's ordinal is its place here.
         pieces: the parts of the blocks on all ranks.
@@ -31,6 +33,7 @@ class BlockTable:
 
     partition: Partition
     shapes: dict[str, tuple[int, ...]]
+    batches: dict[str, int]
     blocked: dict[str, tuple[BlockedParameter | None, str]]
     blocks: list[Block]
     pieces: list[Piece]
@@ -44,16 +47,38 @@ class BlockTable:
 
     @property
     def whole(self) -> list[Fragment]:
-        """The fragments, on all ranks, of the parameters that are not preconditioned."""
-        return [fragment for fragment in self.partition.fragments if self.blocked[fragment.parameter][0] is None]
+        """The fragments, on all ranks, of the parameters that are not preconditioned, those of a batch one by one."""
+        return [
+            part
+            for fragment in self.partition.fragments
+            if self.blocked[fragment.parameter][0] is None
+            for part in self._members(fragment)
+        ]
+
+    def _members(self, fragment: Fragment) -> Iterator[Fragment]:
+        """A fragment's runs of each member of a batch, under a name of its own; of what is no batch, itself."""
+        batch = self.batches[fragment.parameter]
+        if batch == 1:
+            yield fragment
+            return
+        size, end = math.prod(self.shapes[fragment.parameter]) // batch, fragment.start + fragment.numel
+        for number in range(fragment.start // size, (end - 1) // size + 1):
+            start, stop = max(fragment.start, number * size), min(end, (number + 1) * size)
+            yield replace(
+                fragment,
+                parameter=f"{fragment.parameter}[{number}]",
+                start=start - number * size,
+                numel=stop - start,
+                offset=fragment.offset + start - fragment.start,
+            )
 
     def owned(self) -> list[list[int]]:
         """This rank's blocks by ordinal, those of one shape together."""
-        by_shape: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+        alike: dict[tuple[tuple[int, ...], tuple[int, ...], int], list[int]] = defaultdict(list)
         for ordinal, (block, owner) in enumerate(zip(self.blocks, self.owners, strict=True)):
             if owner == self.partition.rank:
-                by_shape[block.shape, block.preconditioned].append(ordinal)
-        return list(by_shape.values())
+                alike[block.shape, block.preconditioned, block.batch_dims].append(ordinal)
+        return list(alike.values())
 
 
 def cut_all(parameters: Sequence[LogicalParameter], settings: GroupSettings) -> list[Block]:
@@ -85,8 +110,9 @@ def block_table(
     for owner, load in zip(owners, costs, strict=True):
         loads[owner] += load
     shapes = {parameter.name: parameter.shape for parameter in parameters}
+    batches = {parameter.name: parameter.batch for parameter in parameters}
     state_bytes = [cost.state_bytes(block, DTYPES[settings.root_dtype].itemsize) for block in blocks]
-    return BlockTable(partition, shapes, blocked, blocks, pieces, owners, state_bytes)
+    return BlockTable(partition, shapes, batches, blocked, blocks, pieces, owners, state_bytes)
 
 
 def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[BlockedParameter | None, str]:
@@ -98,19 +124,25 @@ def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[Bl
         return None, "preconditioned: false"
     if vocabulary and settings.embedding == "diagonal":
         return None, f"{parameter.role.value} (embedding: diagonal)"
+    if not vocabulary and parameter.role is not Role.WEIGHT:
+        return None, parameter.role.value
     blocked = cut(
         parameter.name,
         parameter.shape,
         block_size=settings.block_size,
         max_preconditioner_dim=settings.max_preconditioner_dim,
+        max_factor_ratio=settings.max_factor_ratio,
         merge=settings.merge_small_dims,
-        skip_first_dim=vocabulary and settings.embedding == "one_sided",
+        skip_dim=parameter.vocabulary_dim if vocabulary and settings.embedding == "one_sided" else None,
         sections=parameter.sections,
+        batch=parameter.batch,
     )
     if blocked is not None:
         return blocked, ""
-    wide = sum(dim > 1 for dim in parameter.shape) >= 2
-    return None, "every dim is above max_preconditioner_dim" if wide else "fewer than two dims above 1"
+    each = matrix_shape(parameter.shape, parameter.batch)
+    if sum(dim > 1 for dim in each) < 2:
+        return None, "fewer than two dims above 1" + (f" in each of {parameter.batch}" if parameter.batch > 1 else "")
+    return None, "every dim is above max_preconditioner_dim"
 
 
 def _not_trained(parameter: LogicalParameter) -> str:

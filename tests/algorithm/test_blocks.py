@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_shampoo.algorithm.blocks import cut, merge_small_dims
@@ -13,11 +13,12 @@ from ds_shampoo.algorithm.blocks import cut, merge_small_dims
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 
 
-@given(shapes, st.integers(1, 12), st.booleans(), st.booleans(), st.none() | st.integers(1, 9))
+@settings(deadline=None)
+@given(shapes, st.integers(1, 12), st.booleans(), st.sampled_from([None, 0, -1]), st.none() | st.integers(1, 9))
 def test_blocks_tile_the_parameter(
-    shape: tuple[int, ...], block_size: int, merge: bool, skip: bool, limit: int | None
+    shape: tuple[int, ...], block_size: int, merge: bool, skip: int | None, limit: int | None
 ) -> None:
-    blocked = cut("w", shape, block_size=block_size, merge=merge, skip_first_dim=skip, max_preconditioner_dim=limit)
+    blocked = cut("w", shape, block_size=block_size, merge=merge, skip_dim=skip, max_preconditioner_dim=limit)
     if blocked is None:
         return
     assert math.prod(blocked.shape) == math.prod(shape)
@@ -35,6 +36,7 @@ def test_blocks_tile_the_parameter(
     assert bool((hits == 1).all())
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 100))
 def test_merging_keeps_the_size_and_two_dims(shape: tuple[int, ...], limit: int) -> None:
     dims = tuple(dim for dim in shape if dim != 1)
@@ -73,3 +75,33 @@ def test_a_large_dim_is_left_whole_and_unpreconditioned() -> None:
     assert [block.shape for block in blocked.blocks] == [(100, 4), (100, 2)]
     assert {block.preconditioned for block in blocked.blocks} == {(1,)}
     assert cut("w", (100, 60), block_size=4, max_preconditioner_dim=50) is None
+
+
+@settings(deadline=None)
+@given(shapes, st.integers(1, 12), st.floats(1, 4), st.sampled_from([None, 0, -1]))
+def test_no_factor_outweighs_its_block_by_more_than_the_ratio(
+    shape: tuple[int, ...], block_size: int, ratio: float, skip: int | None
+) -> None:
+    usual = cut("w", shape, block_size=block_size, skip_dim=skip)
+    limited = cut("w", shape, block_size=block_size, skip_dim=skip, max_factor_ratio=ratio)
+    assert (usual is None) == (limited is None)
+    if usual is None or limited is None:
+        return
+    assert limited.shape == usual.shape
+    assert {block.preconditioned for block in limited.blocks} == {block.preconditioned for block in usual.blocks}
+    first = limited.blocks[0]  # a whole one
+    assert max(first.factor_dims) ** 2 <= ratio * first.numel
+    within = max(usual.blocks[0].factor_dims) ** 2 <= ratio * usual.blocks[0].numel
+    assert not within or limited == usual
+
+
+def test_a_skinny_matrix_is_cut_to_its_measure() -> None:
+    blocked = cut("w", (50_000, 8), block_size=1024, max_factor_ratio=16)
+    assert blocked is not None
+    assert {block.shape for block in blocked.blocks} == {(128, 8), (80, 8)}
+    wide = cut("w", (16, 4096), block_size=1024, max_factor_ratio=16)
+    assert wide is not None
+    assert {block.shape for block in wide.blocks} == {(16, 256)}
+    square = cut("w", (4096, 1024), block_size=1024, max_factor_ratio=1)
+    assert square is not None
+    assert len(square.blocks) == 4

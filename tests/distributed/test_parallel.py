@@ -53,6 +53,27 @@ def test_pipeline(pools: Pools, stage: int, tied: bool) -> None:
     assert all(np.array_equal(weight, shared[0]) for weight in shared)
 
 
+def test_patterns_are_about_the_undivided_model(pools: Pools) -> None:
+    """Each of them matches on one stage only; one that matches on none is refused on both."""
+    settings = {**SHAMPOO, "roles": {"1.weight": "none", "5.weight": "none"}}
+    expected = parallel_jobs.sequential(settings, 4, tied=False)
+    traces = pools(2).run(parallel_jobs.pipeline, engine_config(settings, 1, 1, parallel_jobs.MICRO_BATCHES), 4, False)
+    assert sum(t.metrics["owned_blocks"] for t in traces) == expected.metrics["owned_blocks"]
+    assert expected.metrics["owned_blocks"] < in_one_process(False).metrics["owned_blocks"]
+    settings["roles"] = {"5.weights": "none"}
+    config = engine_config(settings, 1, 1, parallel_jobs.MICRO_BATCHES)
+    for message in pools(2).run(refusal, config):
+        assert "'roles' has the pattern '5.weights', which matches no parameter" in message
+
+
+def refusal(config: dict[str, Any]) -> str:
+    try:
+        parallel_jobs.pipeline(config, 1, tied=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def rename(name: str) -> str:
     """A tied pipeline's name of a parameter in the single process's words."""
     return "layers.0.weight" if name.startswith("tied_modules") else f"layers.{name}"

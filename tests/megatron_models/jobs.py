@@ -75,7 +75,7 @@ def build(
         num_layers=more.pop("num_layers", 2),
         hidden_size=WIDTH,
         num_attention_heads=4,
-        num_query_groups=2,
+        num_query_groups=more.pop("num_query_groups", 2),
         ffn_hidden_size=FEED_FORWARD,
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,

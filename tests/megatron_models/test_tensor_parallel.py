@@ -63,6 +63,13 @@ def test_one_trajectory(pools: Pools, shape: dict[str, Any], world_size: int, st
         assert all(np.array_equal(copy, copies[0]) for copy in copies)  # TP-replicated: to the bit
 
 
+@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 2), (4, 3)])
+def test_more_ranks_than_query_groups(pools: Pools, world_size: int, stage: int) -> None:
+    """One group of keys and values for all heads, so that the slices' border falls among its queries."""
+    shared = {"num_query_groups": 1, "settings": {"block_size": 8}}
+    check(run(pools, world_size, 2, stage, **shared), reference(pools, {}, **shared))
+
+
 @pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 1), (4, 3)])
 def test_sequence_parallelism(pools: Pools, world_size: int, stage: int) -> None:
     by_hand = stage == 0  # and then once more by the mpu, which must not sum twice

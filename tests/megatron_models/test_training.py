@@ -61,6 +61,15 @@ def test_one_trajectory(pools: Pools, ranks: int, tensor_parallel: int, how: dic
     check(pools(ranks).run(training.job, STEPS, tensor_parallel, **WHOLE_LOOP, **how), reference(pools, **WHOLE_LOOP))
 
 
+def test_more_ranks_than_query_groups(pools: Pools, tmp_path: Path) -> None:
+    """The slices' border falls within the one group; a checkpoint goes from one size to the other."""
+    shared = {"num_query_groups": 1, "settings": {"block_size": 8}, "folder": str(tmp_path), "save_at": 4}
+    (whole,) = pools(1).run(training.job, 10, distributed=True, **shared)
+    halves = pools(2).run(training.job, 10, 2, distributed=True, **shared, resume=True)
+    assert halves[0].losses == pytest.approx(whole.losses[4:], rel=FP32)
+    assert {n for r in halves for n in r.preconditioned} == set(whole.preconditioned)
+
+
 @pytest.mark.parametrize("how", [{}, {"distributed": True}], ids=["dp", "distributed"])
 def test_pipelines(pools: Pools, how: dict[str, Any]) -> None:
     runs = pools(2).run(training.job, STEPS, pipeline_parallel=2, by_name=True, clip=1.0, **how)
@@ -145,11 +154,23 @@ def refusal(settings: dict[str, Any] | None = None, tensor_parallel: int = 1, **
     [
         (({"block_sise": 4},), "'block_sise' = 4: unknown key; did you mean 'block_size'"),
         (({"decoupled_weight_decay": False},), "'decoupled_weight_decay' = False: under Megatron set config"),
+        (
+            ({"roles": {"decoder.layers.2.*": "none"}},),
+            "'roles' has the pattern 'decoder.layers.2.*', which matches no",
+        ),
         (({"grafting": "adam_normalized"}, 2), "grafting = 'adam_normalized' under tensor parallelism"),
     ],
 )
 def test_refusals(pools: Pools, arguments: tuple[Any, ...], message: str) -> None:
     assert all(message in found for found in pools(2).run(refusal, *arguments))
+
+
+def test_patterns_are_about_the_undivided_model(pools: Pools) -> None:
+    """Each matches on one pipeline stage, or among the experts or the other weights only."""
+    roles = {f"decoder.layers.{layer}.*": "none" for layer in range(2)}
+    assert pools(2).run(refusal, {"roles": roles}, pipeline_parallel=2) == ["", ""]
+    experts = {"roles": {"*.local_experts.3.*": "none", "*.linear_qkv.weight": "none"}}
+    assert pools(2).run(refusal, experts, experts=4, expert_parallel=2) == ["", ""]
 
 
 def test_layer_wise_and_distributed_at_once(pools: Pools) -> None:

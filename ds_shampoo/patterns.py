@@ -1,0 +1,95 @@
+"""What the user says of parameters by name: the settings `roles` and `batch_dims`, whose keys are name patterns."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+from torch import nn
+
+from ds_shampoo.algorithm import selection
+from ds_shampoo.algorithm.selection import Kind, Role
+from ds_shampoo.config import SettingsError, ShampooConfig
+from ds_shampoo.sharding.partition import Layout, LogicalParameter
+
+ROLES = {"weight": Role.WEIGHT, "embedding": Role.EMBEDDING, "head": Role.HEAD, "none": Role.NONE}
+
+# Names that an error shows of all that there are.
+_SHOWN = 3
+
+_Value = TypeVar("_Value")
+
+
+class Named(NamedTuple):
+    """A parameter's names, those of this rank's model and of the undivided one, and its shape."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+def overruled(config: ShampooConfig, parameter: Named, found: Kind) -> Kind:
+    """What was found a parameter to be, or what the settings' patterns say; the first that matches holds."""
+    role = _first_match(config.roles, parameter.names)
+    dims = _first_match(config.batch_dims, parameter.names)
+    if role is not None:
+        found = replace(found, role=ROLES[role])
+    if dims is not None:
+        found = replace(found, batch=math.prod(parameter.shape[:dims]))
+    return found
+
+
+def named(model: nn.Module | None, groups: Iterable[Iterable[LogicalParameter]], layout: Layout) -> Iterator[Named]:
+    """The parameters of the param groups, and all of the model's, with all of their names."""
+    for parameter in (parameter for group in groups for parameter in group):
+        yield Named((parameter.name,), parameter.shape)
+    if model is not None:
+        aliases = selection.aliases(model)
+        for tensor in model.parameters():
+            own = aliases[id(tensor)]
+            yield Named((*own, layout.name(own[0], tensor)), selection.full_shape(tensor))
+
+
+def check(
+    config: ShampooConfig,
+    parameters: Iterable[Named],
+    over_ranks: Callable[[Sequence[Named]], Sequence[Named]],
+) -> None:
+    """Refuses patterns that mean nothing, on all ranks alike.
+
+    Args:
+        parameters: those of this rank's model.
+        over_ranks: gives those of all ranks, where ranks have different parts of the model.
+
+    Raises:
+        SettingsError: for a pattern that matches no parameter, and for batch dimensions that leave no matrix.
+    """
+    if not config.roles and not config.batch_dims:
+        return
+    everyones = over_ranks(list(parameters))
+    for key, patterns in (("roles", config.roles), ("batch_dims", config.batch_dims)):
+        for pattern in patterns or ():
+            if not any(_matches(pattern, parameter.names) for parameter in everyones):
+                known = [parameter.names[-1] for parameter in everyones]
+                more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+                raise SettingsError(
+                    f"Shampoo setting '{key}' has the pattern '{pattern}', which matches no parameter; their names are "
+                    f"{', '.join(known[:_SHOWN])}{more}"
+                )
+    for parameter in everyones:
+        dims = _first_match(config.batch_dims, parameter.names)
+        if dims and len(parameter.shape) - dims < 2:
+            raise SettingsError(
+                f"Shampoo setting 'batch_dims' says {dims} of '{parameter.names[-1]}' of shape {parameter.shape}: at "
+                "least two dimensions have to be left; let the pattern match matrices only (vectors: role 'none')"
+            )
+
+
+def _first_match(patterns: Mapping[str, _Value] | None, names: Sequence[str]) -> _Value | None:
+    return next((value for pattern, value in (patterns or {}).items() if _matches(pattern, names)), None)
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
