@@ -60,7 +60,7 @@ class ShardedGroup:
         self._stopwatch, self._memory = stopwatch, memory
         partition, blocks, owners = table.partition, table.blocks, table.owners
         self._ordinals = table.owned()
-        self._rows = [torch.tensor(ordinals, device=device) for ordinals in self._ordinals]
+        self._rows = [torch.tensor(ordinals, dtype=torch.int64, device=device) for ordinals in self._ordinals]
         build = PRECONDITIONERS[settings.preconditioner]
         root_dtype = DTYPES[settings.root_dtype]
         self.stacks = [build([blocks[i] for i in ordinals], device, root_dtype) for ordinals in self._ordinals]
@@ -313,7 +313,8 @@ class ShardedGroup:
             return squares, None
         flags = torch.zeros_like(squares)
         for stack, rows in zip(self.stacks, self._rows, strict=True):
-            flags[rows] = torch.tensor(stack.ready, dtype=flags.dtype).to(self.device, non_blocking=True)
+            ready = torch.tensor(stack.ready, dtype=flags.dtype, device="cpu")
+            flags[rows] = ready.to(self.device, non_blocking=True)
         shared = torch.stack([squares, flags])
         dist.all_reduce(shared, group=self.table.partition.process_group)
         return shared[0], shared[1]
@@ -342,7 +343,11 @@ class ShardedGroup:
         if self._kept is not None:
             return self._kept
         gathered, scratch = (
-            [torch.zeros(len(s.blocks), *s.blocks[0].shape, device=self.device) for s in self.stacks] for _ in range(2)
+            [
+                torch.zeros(len(s.blocks), *s.blocks[0].shape, dtype=torch.float32, device=self.device)
+                for s in self.stacks
+            ]
+            for _ in range(2)
         )
         if self.device.type == "cpu":
             self._kept = gathered, scratch

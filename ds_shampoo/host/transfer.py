@@ -111,7 +111,7 @@ class Transfers:
         try:
             return free[kind].pop().wait()
         except IndexError:
-            buffer = torch.empty(kind.shape, dtype=kind.dtype, pin_memory=self._module is not None)
+            buffer = torch.empty(kind.shape, dtype=kind.dtype, device="cpu", pin_memory=self._module is not None)
             with self._counting:
                 self.bytes += buffer.nbytes
             return buffer
