@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ds_shampoo import resuming
+from ds_shampoo.accelerators import check_parameter
 from ds_shampoo.algorithm import multi_tensor, products, selection
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
@@ -175,8 +176,9 @@ class Shampoo(Optimizer):
         self._constructed.append({key: value for key, value in own.items() if key != "params"})
         self._units.add(logical, settings)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads and schedules, which it would trace anew each step
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """Takes one step with the gradients that the parameters have; those without are left alone.
 
         What it raises while it waits leaves everything as if it had not been called, and it may be called again. A
@@ -506,6 +508,7 @@ class Shampoo(Optimizer):
             raise TypeError(f"Shampoo takes tensors or (name, tensor) pairs, not {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise SettingsError(f"Shampoo can't optimize a parameter of dtype {tensor.dtype}")
+        check_parameter(name or self._names.get(id(tensor), f"number {number}"), tensor)
         position = f"param_{sum(len(logical) for logical in self._units.logical) + number}"
         own_name = name or self._names.get(id(tensor), position)
         name = self.layout.name(own_name, tensor)

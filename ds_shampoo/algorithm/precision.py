@@ -13,7 +13,7 @@ import torch
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 
-# The leaves of torch's tree of fp32 precisions that `set_float32_matmul_precision` writes beside its own, older setting.
+# The leaves of torch's tree of fp32 precisions that `set_float32_matmul_precision` writes beside its older setting.
 _LEAVES = ("cuda", "matmul"), ("mkldnn", "matmul")
 
 # Blocks of two threads one after the other: the setting is the process's, and the first to leave would undo the second.
@@ -45,8 +45,8 @@ def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
         precision: "highest" (fp32), "high" (TF32: 10 mantissa bits) or "medium" (bfloat16: 7 bits), of the inputs;
             sums are fp32 always. A device without such a mode computes more precisely.
 
-    Inside, torch's older and its newer way of asking agree; afterwards every level says what it said before. The setting
-    is the process's, so that threads pass these blocks one at a time. fp64 products, hence the roots, are not touched.
+    Inside, torch's older and its newer way of asking agree; afterwards every level says what it said before. The
+    setting is the process's: threads pass these blocks one at a time. fp64 products, hence the roots, are not touched.
     """
     token = _in_force.set(precision)
     try:

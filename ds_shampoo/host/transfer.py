@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ds_shampoo.accelerators import module_of
+
 
 @dataclass(frozen=True, slots=True)
 class HostCopy:
@@ -47,7 +49,7 @@ class Transfers:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self._module: Any = module_of(device)
         self._side: Any = self._module.Stream(device) if self._module else None
         # By shape and dtype, and apart by who writes them: the device writes snapshots, worker threads write results.
         self._snapshots: dict[_Kind, list[HostCopy]] = defaultdict(list)
