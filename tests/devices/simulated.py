@@ -1,0 +1,620 @@
+"""A simulated asynchronous device: who reads and writes which memory, and what of it is ordered by what.
+
+Tensors of the device hold their values in host memory, and every operation computes at once. What is simulated is
+order: streams and host threads have vector clocks, which events, waits, locks and synchronisation carry from one to
+another. Two accesses to the same bytes of which one is a write, neither ordered before the other, are a race, whatever
+the values were. Rules are CUDA's and those of torch's allocators:
+
+- an operation goes behind all that its stream was given before, and behind what the host thread had done till then;
+- a copy to the host with `non_blocking` is the stream's, and the host may read it only after waiting for it;
+- a copy from pinned host memory with `non_blocking` is the stream's; one from other memory has read it on return;
+- any other copy between host and device has the host wait for the current stream;
+- memory that is given back may be given out again at once to the stream that it was made on: other streams that still
+  use it must be known through `record_stream`.
+
+Stood in for: the device module (`torch.privateuseone`, torch's name for devices from outside), its tensors, and those parts
+of `threading` by which the package hands work from thread to thread, which carry clocks here. All else is real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ds_shampoo.host.pool import Task
+
+DEVICE = torch.device("privateuseone", 0)
+
+# What needs the device's values on the host.
+_READ_BY_THE_HOST = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
+# What takes a tensor for its shape alone.
+_NOT_READING = {
+    f"aten::{name}"
+    for how in ("empty", "zeros", "ones", "full", "rand", "randn")
+    for name in (f"{how}_like", f"new_{how}", "new_empty_strided")
+}
+
+Clock = dict[int, int]
+
+
+def _join(into: Clock, other: Mapping[int, int]) -> None:
+    for actor, time in other.items():
+        into[actor] = max(into.get(actor, 0), time)
+
+
+class Actor:
+    """A stream or a host thread, and what happened before its present."""
+
+    _numbers = iter(range(10**9))
+
+    def __init__(self, name: str) -> None:
+        self.number = next(self._numbers)
+        self.name = name
+        self.clock: Clock = {self.number: 0}
+
+    def tick(self) -> int:
+        self.clock[self.number] += 1
+        return self.clock[self.number]
+
+
+@dataclass(frozen=True)
+class Access:
+    """A read or write of some bytes of one piece of memory."""
+
+    begin: int
+    end: int
+    actor: Actor
+    time: int
+    writes: bool
+    what: str
+
+    def __str__(self) -> str:
+        return f"{'write' if self.writes else 'read'} by {self.what} on {self.actor.name}"
+
+
+class Memory:
+    """One storage: its unordered accesses, and for device memory the stream that it belongs to."""
+
+    def __init__(self, simulation: Simulation, owner: Actor | None, pinned: bool = False) -> None:
+        self.simulation, self.owner, self.pinned = simulation, owner, pinned
+        self.accesses: list[Access] = []
+        self.recorded: set[int] = set()
+
+    def touch(self, new: Access) -> None:
+        kept = []
+        for old in self.accesses:
+            if old.end <= new.begin or new.end <= old.begin:
+                kept.append(old)
+                continue
+            ordered = new.actor.clock.get(old.actor.number, 0) >= old.time
+            if not ordered and (old.writes or new.writes):
+                self.simulation.race(f"{new} is not ordered after the {old}")
+            covered = new.begin <= old.begin and old.end <= new.end
+            if not (ordered and covered and (new.writes or not old.writes)):
+                kept.append(old)
+        self.accesses = [*kept, new]
+
+    def __del__(self) -> None:
+        """What torch's caching allocator does: the next to get it is work of the stream that it belongs to."""
+        if self.owner is None:
+            return
+        with self.simulation.lock:
+            clock = dict(self.owner.clock)
+            _join(clock, self.simulation.thread().clock)
+            for old in self.accesses:
+                if clock.get(old.actor.number, 0) < old.time and old.actor.number not in self.recorded:
+                    self.simulation.race(f"memory is given back before the {old} is over")
+
+
+class SimTensor(Tensor):
+    """A tensor of the simulated device: `raw` has its values, `memory` its storage's accesses."""
+
+    raw: Tensor
+    memory: Memory
+
+    @staticmethod
+    def __new__(cls, raw: Tensor, memory: Memory) -> SimTensor:
+        made: SimTensor = Tensor._make_wrapper_subclass(
+            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=DEVICE
+        )
+        made.raw, made.memory = raw, memory
+        return made
+
+    def record_stream(self, stream: Any) -> None:
+        self.memory.recorded.add(stream.actor.number)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """For threads in which no mode is in force."""
+        found = next(a for a in tree_flatten((args, kwargs))[0] if isinstance(a, SimTensor))
+        return found.memory.simulation.run(func, args, kwargs or {})
+
+
+class Simulation:
+    """The device, the host's threads, and the races seen so far.
+
+    Attributes:
+        races: what was not ordered, each with the lines of the package that led there.
+        syncs: how often a host thread waited for all of its stream, by thread's name.
+        waits: how often one waited for an event that it didn't know to be over, likewise.
+        launches: operations that streams were given, by name.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.races: list[str] = []
+        self.syncs: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+        self._local = threading.local()
+        self._threads: list[Actor] = []
+        self._host: dict[int, tuple[Tensor, Memory]] = {}  # by address; kept, so that no address is used twice
+        self.default = Stream(self, name="training stream")
+
+    def race(self, message: str) -> None:
+        lines = [
+            f"{f.filename.rpartition('/')[2]}:{f.lineno}"
+            for f in traceback.extract_stack()
+            if "ds_shampoo/" in f.filename
+        ]
+        self.races.append(f"{message} (at {' > '.join(lines)})")
+
+    def thread(self) -> Actor:
+        """The calling host thread."""
+        if not hasattr(self._local, "actor"):
+            self._local.actor = Actor(threading.current_thread().name)
+        found: Actor = self._local.actor
+        return found
+
+    @property
+    def stream(self) -> Stream:
+        """The calling thread's current stream."""
+        return getattr(self._local, "stream", self.default)
+
+    @stream.setter
+    def stream(self, stream: Stream) -> None:
+        self._local.stream = stream
+
+    def wait_for(self, clock: Mapping[int, int]) -> None:
+        """The calling thread goes on when all of that has happened."""
+        with self.lock:
+            _join(self.thread().clock, clock)
+
+    def sync(self) -> None:
+        """The calling thread waits for its current stream."""
+        self.syncs[self.thread().name] += 1
+        self.wait_for(self.stream.actor.clock)
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Has the calling thread's operations seen: those on the device, and those on host memory that it shares."""
+        with _Constructor(), _Mode(self):
+            yield
+
+    def follow_thread(self) -> None:
+        """Has the calling thread's operations on host memory seen from now on."""
+        if not hasattr(self._local, "modes"):
+            self._local.modes = _Constructor(), _Mode(self)
+            for mode in self._local.modes:  # for as long as the thread lives
+                mode.__enter__()
+
+    def on_device(self, values: Tensor) -> SimTensor:
+        """A new tensor of the current stream."""
+        return SimTensor(values, Memory(self, self.stream.actor))
+
+    def track_host(self, tensor: Tensor, pinned: bool) -> None:
+        self._host[tensor.untyped_storage().data_ptr()] = (tensor, Memory(self, None, pinned))
+
+    def host_memory(self, tensor: Tensor) -> Memory | None:
+        """That of a host tensor which the device may access by itself."""
+        found = self._host.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        return None if found is None else found[1]
+
+    def access(self, tensor: Tensor, actor: Actor, writes: bool, what: str) -> None:
+        """One that `actor` makes at its present; of host memory, where the device may access it."""
+        raw, memory = (tensor.raw, tensor.memory) if isinstance(tensor, SimTensor) else (tensor, None)
+        memory = memory or self.host_memory(raw)
+        if memory is None or not raw.numel():
+            return
+        begin = raw.storage_offset() * raw.itemsize
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(raw.shape, raw.stride(), strict=True))
+        memory.touch(Access(begin, begin + extent * raw.itemsize, actor, actor.clock[actor.number], writes, what))
+
+    def begin(self, on_device: bool) -> Actor:
+        """The actor of an operation that the calling thread issues now, at its new present."""
+        thread = self.thread()
+        thread.tick()
+        if not on_device:
+            return thread
+        stream = self.stream.actor
+        _join(stream.clock, thread.clock)
+        stream.tick()
+        return stream
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation, of whichever side."""
+        with self.lock:
+            name = func._schema.name
+            if name == "aten::copy_":
+                return self._copy(*args, **kwargs)
+            if name == "aten::_to_copy":
+                return self._to_copy(args[0], kwargs)
+            if name == "aten::is_pinned":
+                memory = self.host_memory(args[0])
+                return memory is not None and memory.pinned
+            return self._compute(func, name, args, kwargs)
+
+    def _copy(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        to_device, from_device = isinstance(target, SimTensor), isinstance(source, SimTensor)
+        actor = self.begin(to_device or from_device)
+        if from_device and not to_device and non_blocking and self.host_memory(target) is None:
+            self.track_host(target, pinned=False)
+        reader = actor
+        if to_device and not from_device:
+            memory = self.host_memory(source)
+            reader = actor if memory is not None and memory.pinned else self.thread()
+        self.access(source, reader, False, "copy_")
+        self.access(target, actor, True, "copy_")
+        if to_device or from_device:
+            self.launches["copy_"] += 1
+        _raw(target).copy_(_raw(source))
+        if to_device != from_device and not non_blocking:
+            self.sync()
+        return target
+
+    def _to_copy(self, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        device = kwargs.pop("device", None) or source.device
+        non_blocking = kwargs.pop("non_blocking", False)
+        kwargs.pop("pin_memory", None)
+        layout = kwargs.get("memory_format") or torch.preserve_format
+        plain = torch.empty_like(_raw(source), dtype=kwargs.get("dtype") or source.dtype, memory_format=layout)
+        target = self.on_device(plain) if device.type == DEVICE.type else plain
+        return self._copy(target, source, non_blocking)
+
+    def _compute(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        leaves, spec = tree_flatten((args, kwargs))
+        sims = [leaf for leaf in leaves if isinstance(leaf, SimTensor)]
+        others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, SimTensor)]
+        makes = torch.device(device).type == DEVICE.type if device is not None else bool(sims)
+        if sims and any(other.dim() for other in others):
+            raise RuntimeError(f"{name}: tensors of the device and of the host in one operation")
+        pinned = bool(kwargs.get("pin_memory"))
+        view = bool(sims or others) and _is_view(func)
+        actor = self.begin(makes or bool(sims))
+        if not view and name not in _NOT_READING:
+            if sims or makes:
+                self.launches[name.removeprefix("aten::")] += 1
+            for tensor, writes in _accesses(func, args, kwargs):
+                self.access(tensor, actor, writes, name)
+        plain_args, plain_kwargs = tree_unflatten([_raw(leaf) for leaf in leaves], spec)
+        if device is not None:
+            plain_kwargs["device"] = torch.device("cpu")
+        plain_kwargs.pop("pin_memory", None)
+        found = func(*plain_args, **plain_kwargs)
+        if name in _READ_BY_THE_HOST and sims:
+            self.sync()
+        if pinned:
+            self.track_host(found, pinned=True)
+        if not makes or name == "aten::_local_scalar_dense":
+            return found
+        return tree_map(lambda value: self._wrapped(value, sims) if isinstance(value, Tensor) else value, found)
+
+    def _wrapped(self, raw: Tensor, inputs: list[SimTensor]) -> SimTensor:
+        for tensor in inputs:
+            if raw is tensor.raw:
+                return tensor
+        for tensor in inputs:
+            if raw.untyped_storage().data_ptr() == tensor.raw.untyped_storage().data_ptr() and raw.numel():
+                return SimTensor(raw, tensor.memory)
+        made = self.on_device(raw)
+        self.access(made, self.stream.actor, True, "its making")
+        return made
+
+
+class _Guard(torch._C._acc.DeviceGuard):
+    """What torch asks of a device before it indexes: there is one, and it is current."""
+
+    def type_(self) -> Any:
+        return torch._C._autograd.DeviceType.PrivateUse1
+
+
+@contextlib.contextmanager
+def simulated_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
+    """A device that torch and the package take for a real one, in the calling thread and in the package's."""
+    simulation = _MODULE.simulation = Simulation()
+    _guard()
+    monkeypatch.setattr(torch, "privateuseone", _MODULE, raising=False)
+    monkeypatch.setitem(sys.modules, "torch.privateuseone", _MODULE)
+    carrying = Threading(simulation)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("ds_shampoo.") and hasattr(module, "threading"):
+            monkeypatch.setattr(module, "threading", carrying)
+    _carry_answers(monkeypatch, carrying)
+    with simulation.followed():
+        yield simulation
+
+
+@functools.cache
+def _guard() -> None:
+    torch._C._acc.register_python_privateuseone_device_guard(_Guard())
+
+
+def _carry_answers(monkeypatch: pytest.MonkeyPatch, carrying: Threading) -> None:
+    """Who sees that a task is done has seen all that its thread did: an attribute is written after it, under the GIL."""
+    finish, is_done = Task.finish, Task.done.fget
+    assert is_done is not None
+
+    def finishing(task: Any, outcome: Any) -> None:
+        task.carrier = carrying.Carrier()
+        task.carrier.publish()
+        finish(task, outcome)
+
+    def done(task: Any) -> bool:
+        if not is_done(task):
+            return False
+        task.carrier.take()
+        return True
+
+    monkeypatch.setattr(Task, "finish", finishing)
+    monkeypatch.setattr(Task, "done", property(done))
+
+
+def _raw(value: Any) -> Any:
+    return value.raw if isinstance(value, SimTensor) else value
+
+
+def _is_view(func: Any) -> bool:
+    """An operation whose result lies in its argument's memory, and that touches nothing of it."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _accesses(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, bool]]:
+    """Every tensor among an operation's arguments, and whether it is written."""
+    for number, argument in enumerate(func._schema.arguments):
+        value = args[number] if number < len(args) else kwargs.get(argument.name)
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        for leaf in tree_flatten(value)[0]:
+            if isinstance(leaf, Tensor):
+                yield leaf, writes
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__()
+        self._simulation = simulation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._simulation.run(func, args, dict(kwargs or {}))
+
+
+class _Constructor(TorchFunctionMode):
+    """`torch.tensor` is made on the host and copied, as on CUDA; torch's own way there shows no mode the copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == DEVICE.type:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        return func(*args, **kwargs)
+
+
+class Stream:
+    """A queue of the device."""
+
+    device = DEVICE
+
+    def __init__(self, simulation: Simulation, name: str = "side stream") -> None:
+        self._simulation = simulation
+        self.actor = Actor(name)
+
+    def wait_event(self, event: Event) -> None:
+        with self._simulation.lock:
+            _join(self.actor.clock, event.clock)
+
+    def wait_stream(self, other: Stream) -> None:
+        with self._simulation.lock:
+            _join(self.actor.clock, other.actor.clock)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event(self._simulation)
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        self._simulation.wait_for(self.actor.clock)
+
+
+class Event:
+    """What a stream had done when it came by; nothing, before it is recorded, as in CUDA."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+        self.clock: Clock = {}
+
+    def record(self, stream: Stream | None = None) -> None:
+        with self._simulation.lock:
+            stream = stream or self._simulation.stream
+            _join(stream.actor.clock, self._simulation.thread().clock)
+            self.clock = dict(stream.actor.clock)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or self._simulation.stream).wait_event(self)
+
+    def synchronize(self) -> None:
+        if not self.query():
+            self._simulation.waits[self._simulation.thread().name] += 1
+        self._simulation.wait_for(self.clock)
+
+    def query(self) -> bool:
+        """Over only if the thread knows it: what is under way lasts for ever otherwise."""
+        own = self._simulation.thread().clock
+        return all(own.get(actor, 0) >= time for actor, time in self.clock.items())
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
+
+
+class DeviceModule:
+    """What `torch.get_device_module` gives for the device, and remembers."""
+
+    simulation: Simulation
+
+    def Stream(self, device: Any = None, priority: int = 0) -> Stream:  # noqa: N802
+        return Stream(self.simulation)
+
+    def Event(self, enable_timing: bool = False, blocking: bool = False) -> Event:  # noqa: N802
+        return Event(self.simulation)
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return self.simulation.stream
+
+    def default_stream(self, device: Any = None) -> Stream:
+        return self.simulation.default
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.simulation.stream = self.simulation.stream, stream
+        try:
+            yield
+        finally:
+            self.simulation.stream = before
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None:
+        """The first thing that a thread of the package does: from here on its work is followed."""
+        self.simulation.follow_thread()
+
+    def synchronize(self, device: Any = None) -> None:
+        self.simulation.sync()
+
+
+_MODULE = DeviceModule()
+
+
+class Threading:
+    """`threading`, with locks, conditions, events and threads that carry clocks from one thread to another."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+
+        class Carrier:
+            def __init__(self) -> None:
+                self.clock: Clock = {}
+
+            def publish(self) -> None:
+                with simulation.lock:
+                    _join(self.clock, simulation.thread().clock)
+
+            def take(self) -> None:
+                simulation.wait_for(self.clock)
+
+        class Condition(threading.Condition):
+            def __init__(self, lock: Any = None) -> None:
+                super().__init__(threading.RLock() if lock is None else lock)
+                self.carrier = Carrier()
+
+            def __enter__(self) -> bool:
+                entered = super().__enter__()
+                self.carrier.take()
+                return entered
+
+            def __exit__(self, *error: Any) -> None:
+                self.carrier.publish()
+                super().__exit__(*error)
+
+            def wait(self, timeout: float | None = None) -> bool:
+                self.carrier.publish()
+                try:
+                    return super().wait(timeout)
+                finally:
+                    self.carrier.take()
+
+        class Lock:
+            def __init__(self, make: Any = threading.Lock) -> None:
+                self._lock, self.carrier = make(), Carrier()
+
+            def acquire(self, *arguments: Any, **named: Any) -> bool:
+                taken: bool = self._lock.acquire(*arguments, **named)
+                if taken:
+                    self.carrier.take()
+                return taken
+
+            def release(self) -> None:
+                self.carrier.publish()
+                self._lock.release()
+
+            def __enter__(self) -> bool:
+                return self.acquire()
+
+            def __exit__(self, *error: Any) -> None:
+                self.release()
+
+        class Event(threading.Event):
+            def __init__(self) -> None:
+                super().__init__()
+                self.carrier = Carrier()
+
+            def set(self) -> None:
+                self.carrier.publish()
+                super().set()
+
+            def is_set(self) -> bool:
+                if not super().is_set():
+                    return False
+                self.carrier.take()
+                return True
+
+            def wait(self, timeout: float | None = None) -> bool:
+                return super().wait(timeout) and self.is_set()
+
+        class Thread(threading.Thread):
+            def start(self) -> None:
+                self.carrier = Carrier()
+                self.carrier.publish()
+                super().start()
+
+            def run(self) -> None:
+                self.carrier.take()
+                super().run()
+                self.carrier.publish()
+
+            def join(self, timeout: float | None = None) -> None:
+                super().join(timeout)
+                if not self.is_alive():
+                    self.carrier.take()
+
+        self.Condition, self.Lock, self.Event, self.Thread = Condition, Lock, Event, Thread
+        self.RLock = lambda: Lock(threading.RLock)
+        self.Carrier = Carrier
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(threading, name)
