@@ -12,8 +12,9 @@ the values were. Rules are CUDA's and those of torch's allocators:
 - memory that is given back may be given out again at once to the stream that it was made on: other streams that still
   use it must be known through `record_stream`.
 
-Stood in for: the device module (`torch.privateuseone`, torch's name for devices from outside), its tensors, and those parts
-of `threading` by which the package hands work from thread to thread, which carry clocks here. All else is real.
+Stood in for: the device module (`torch.privateuseone`, torch's name for devices from outside), its tensors, and those
+parts of `threading` by which the package hands work from thread to thread, which carry clocks here. Its hand-overs
+without locks carry clocks too: tasks and free buffers. All else is real.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ds_shampoo.host.pool import Task
+from ds_shampoo.host.tasks import Task
+from ds_shampoo.host.transfer import Transfers
 
 DEVICE = torch.device("privateuseone", 0)
 
@@ -344,7 +346,7 @@ def simulated_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("ds_shampoo.") and hasattr(module, "threading"):
             monkeypatch.setattr(module, "threading", carrying)
-    _carry_answers(monkeypatch, carrying)
+    _carry_work(monkeypatch, carrying)
     with simulation.followed():
         yield simulation
 
@@ -354,24 +356,54 @@ def _guard() -> None:
     torch._C._acc.register_python_privateuseone_device_guard(_Guard())
 
 
-def _carry_answers(monkeypatch: pytest.MonkeyPatch, carrying: Threading) -> None:
-    """Who sees that a task is done has seen all that its thread did: an attribute is written after it, under the GIL."""
-    finish, is_done = Task.finish, Task.done.fget
-    assert is_done is not None
+def _carry_work(monkeypatch: pytest.MonkeyPatch, carrying: Threading) -> None:
+    """Work goes from thread to thread in attributes and lists, which CPython changes one after the other.
 
-    def finishing(task: Any, outcome: Any) -> None:
-        task.carrier = carrying.Carrier()
-        task.carrier.publish()
-        finish(task, outcome)
+    Who takes a task on has seen what was done before it was made; who sees that it is done, what was done before that;
+    and who takes a free buffer, what was done before it was given back.
+    """
+
+    def after(owner: type, name: str, act: Callable[[Any, Any], None]) -> None:
+        plain = getattr(owner, name)
+
+        @functools.wraps(plain)
+        def wrapped(self: Any, *arguments: Any, **named: Any) -> Any:
+            found = plain(self, *arguments, **named)
+            act(self, found)
+            return found
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    def before(owner: type, name: str, act: Callable[[Any], None]) -> None:
+        plain = getattr(owner, name)
+
+        @functools.wraps(plain)
+        def wrapped(self: Any, *arguments: Any, **named: Any) -> Any:
+            act(self)
+            return plain(self, *arguments, **named)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    def carrier(owner: Any) -> Any:
+        return owner.__dict__.setdefault("carrier", carrying.Carrier())
+
+    is_done = Task.done.fget
+    assert is_done is not None
 
     def done(task: Any) -> bool:
         if not is_done(task):
             return False
-        task.carrier.take()
+        carrier(task).take()
         return True
 
-    monkeypatch.setattr(Task, "finish", finishing)
+    after(Task, "__init__", lambda task, _: carrier(task).publish())
+    before(Task, "finish", lambda task: carrier(task).publish())
+    before(Task, "solve", lambda task: carrier(task).take())
     monkeypatch.setattr(Task, "done", property(done))
+    for given_back in ("release", "discard"):
+        before(Transfers, given_back, lambda transfers: carrier(transfers).publish())
+    before(Transfers, "install", lambda transfers: carrier(transfers).publish())
+    before(Transfers, "_taken", lambda transfers: carrier(transfers).take())
 
 
 def _raw(value: Any) -> Any:

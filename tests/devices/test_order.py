@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ds_shampoo import Shampoo
+from ds_shampoo.group import ShardedGroup
+from ds_shampoo.host.transfer import HostCopy, Transfers
 from ds_shampoo.sharding.partition import WholeLayout
-from tests.devices.simulated import DEVICE, Simulation, simulated_device
+from tests.devices import simulated
+from tests.devices.simulated import DEVICE, Simulation, SimTensor, simulated_device
 
 SHAPES = [(8, 6), (4, 4), (9,), (6, 8), (4, 3, 2)]
 USUAL: dict[str, Any] = {"lr": 0.01, "block_size": 4, "root_interval": 4, "root_delay": 2, "root_threads": 2}
@@ -194,8 +197,22 @@ def without_some_gradients(job: Job) -> None:
             param.grad = grad
 
 
+def begun_anew(job: Job) -> None:
+    """One whose state is taken away or set to zero while jobs of its blocks are under way."""
+    job.steps(5)
+    job.optimizer.state.clear()
+    job.steps(3)
+    del job.optimizer.state[job.params[0]]
+    job.steps(3)
+    for state in job.optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key].zero_()
+    job.steps(4)
+
+
 SCENARIOS = [
-    rolled_back, restarted, loaded_twice, dropped, on_another_stream, watched, with_a_late_group, without_some_gradients,
+    rolled_back, restarted, loaded_twice, dropped, on_another_stream, watched, with_a_late_group,
+    without_some_gradients, begun_anew,
 ]  # fmt: skip
 
 
@@ -228,3 +245,120 @@ def test_blocks_on_the_host_and_parameters_on_the_device(device: Simulation, nam
     assert races(device) == []
     for values, expected in zip(job.values(), own.values(), strict=True):
         assert torch.allclose(values, expected, rtol=1e-3, atol=1e-5)
+
+
+# Faults in the order of things, each put in for a test that must see it: by name, what is put in place of what.
+def without_fence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Transfers, "fence", lambda self: None)
+
+
+def without_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulated.Event, "record", lambda self, stream=None: None)
+
+
+def released_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Transfers.snapshot
+
+    def early(self: Transfers, *arguments: Any) -> HostCopy:
+        taken = snapshot(self, *arguments)
+        self.release(taken)
+        return taken
+
+    monkeypatch.setattr(Transfers, "snapshot", early)
+
+
+def snapshots_that_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The side stream copies what the training stream is still to write."""
+    wait = simulated.Stream.wait_stream
+
+    def only_for_the_side(self: simulated.Stream, other: simulated.Stream) -> None:
+        if self.actor.name != "side stream":
+            wait(self, other)
+
+    monkeypatch.setattr(simulated.Stream, "wait_stream", only_for_the_side)
+
+
+def installs_on_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    install = Transfers.install
+
+    def elsewhere(self: Transfers, result: HostCopy, target: Tensor) -> None:
+        with self._module.stream(self._side):
+            install(self, result, target)
+
+    monkeypatch.setattr(Transfers, "install", elsewhere)
+
+
+def events_of_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded on the training stream, whatever stream has to be waited for."""
+    record = simulated.Event.record
+    monkeypatch.setattr(simulated.Event, "record", lambda self, stream=None: record(self, self._simulation.default))
+
+
+def streams_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimTensor, "record_stream", lambda self, stream: None)
+
+
+def read_before_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostCopy, "wait", lambda self: self.tensor)
+
+
+def results_used_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread writes its next root where the device still reads the last one."""
+    install = Transfers.install
+
+    def at_once(self: Transfers, result: HostCopy, target: Tensor) -> None:
+        install(self, result, target)
+        for free in self._results.values():
+            free[:] = [HostCopy(copy.tensor) for copy in free]
+
+    monkeypatch.setattr(Transfers, "install", at_once)
+
+
+def snapshots_used_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next copy goes where a thread still reads: by its own claim to be through."""
+    monkeypatch.setattr(Transfers, "_taken", taken_without_looking)
+
+
+def taken_without_looking(self: Transfers, free: Any, kind: Any) -> HostCopy:
+    every = self.__dict__.setdefault("every", {}).setdefault((id(free), kind), [])
+    if len(every) < 2:
+        every.append(HostCopy(self._new(kind)))
+    every.append(every.pop(0))
+    return every[-1]
+
+
+def copies_to_the_host_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardedGroup, "_stage", lambda self, vector, later: vector.to(self.device, non_blocking=True))
+
+
+MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Callable[[Job], None]]] = {
+    without_fence: ("usual", lambda job: job.steps(9)),
+    without_recording: ("usual", lambda job: job.steps(9)),
+    released_early: ("interval-1", lambda job: job.steps(6)),
+    snapshots_that_do_not_wait: ("usual", lambda job: job.steps(6)),
+    installs_on_the_side: ("usual", lambda job: job.steps(9)),
+    events_of_another_stream: ("usual", lambda job: job.steps(9)),
+    streams_not_recorded: ("interval-1", dropped),
+    read_before_it_is_there: ("inline", lambda job: job.steps(6)),
+    results_used_again_at_once: ("interval-1", lambda job: job.steps(9)),
+    snapshots_used_again_at_once: ("interval-1", lambda job: job.steps(9)),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_a_fault_in_the_order_is_seen(
+    device: Simulation, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    mutant(monkeypatch)
+    name, scenario = MUTANTS[mutant]
+    scenario(Job(device, **SETTINGS[name]))
+    assert races(device)
+
+
+@pytest.mark.parametrize(("where", "blocks", "pinned"), [(DEVICE, "cpu", False), (torch.device("cpu"), DEVICE, True)])
+def test_a_stage_that_nothing_waits_for_is_seen(
+    device: Simulation, monkeypatch: pytest.MonkeyPatch, where: torch.device, blocks: Any, pinned: bool
+) -> None:
+    copies_to_the_host_not_waited_for(monkeypatch)
+    Job(device, where, pinned, layout=Blocks(torch.device(blocks)), **SETTINGS["late"]).steps(3)
+    assert races(device)
