@@ -15,7 +15,7 @@ from ds_shampoo.group import ShardedGroup
 from ds_shampoo.host.transfer import HostCopy, Transfers
 from ds_shampoo.sharding.partition import WholeLayout
 from tests.devices import simulated
-from tests.devices.simulated import DEVICE, Simulation, SimTensor, simulated_device
+from tests.devices.simulated import DEVICE, SimTensor, Simulation, simulated_device
 
 SHAPES = [(8, 6), (4, 4), (9,), (6, 8), (4, 3, 2)]
 USUAL: dict[str, Any] = {"lr": 0.01, "block_size": 4, "root_interval": 4, "root_delay": 2, "root_threads": 2}
