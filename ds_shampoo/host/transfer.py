@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_shampoo.accelerators import module_of
-
 
 @dataclass(frozen=True, slots=True)
 class HostCopy:
@@ -49,7 +47,7 @@ class Transfers:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._module: Any = module_of(device)
+        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._side: Any = self._module.Stream(device) if self._module else None
         # By shape and dtype, and apart by who writes them: the device writes snapshots, worker threads write results.
         self._snapshots: dict[_Kind, list[HostCopy]] = defaultdict(list)
@@ -113,7 +111,7 @@ class Transfers:
         try:
             return free[kind].pop().wait()
         except IndexError:
-            buffer = torch.empty(kind.shape, dtype=kind.dtype, device="cpu", pin_memory=self._module is not None)
+            buffer = torch.empty(kind.shape, dtype=kind.dtype, pin_memory=self._module is not None)
             with self._counting:
                 self.bytes += buffer.nbytes
             return buffer

@@ -611,6 +611,9 @@ class Threading:
             def __exit__(self, *error: Any) -> None:
                 self.release()
 
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._lock, name)
+
         class Event(threading.Event):
             def __init__(self) -> None:
                 super().__init__()

@@ -74,9 +74,30 @@ def test_an_accelerator_from_outside_torch_is_let_through(monkeypatch: pytest.Mo
         module_of(torch.device("privateuseone", 0))
 
 
-def test_parameters_on_meta_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"parameter 'weight' is on the meta device and has no values: give"):
-        Shampoo(nn.Linear(3, 4, device="meta").named_parameters())
+def test_parameters_on_meta_are_refused_by_the_first_step() -> None:
+    """Until then they may get values: `to_empty` keeps the parameters where torch can swap their tensors."""
+    model = nn.Linear(3, 4, device="meta")
+    optimizer = Shampoo(model.named_parameters())
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    with pytest.raises(SettingsError, match="parameters on the meta device have no values: give the model its weights"):
+        optimizer.step()
+
+
+def test_parameters_on_meta_that_got_values_are_stepped() -> None:
+    model = nn.Linear(3, 4, device="meta")
+    optimizer = Shampoo(model.named_parameters(), root_overlap=False)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for param in model.parameters():
+        nn.init.ones_(param)
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.metrics()["preconditioned_blocks"] == 1
+    assert not torch.equal(model.weight, torch.ones(4, 3))
 
 
 def test_fake_parameters_are_refused() -> None:
