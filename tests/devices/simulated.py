@@ -31,12 +31,12 @@ from typing import Any
 
 import pytest
 import torch
-from ds_shampoo.host.tasks import Task
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ds_shampoo.host.tasks import Task
 from ds_shampoo.host.transfer import Transfers
 
 DEVICE = torch.device("privateuseone", 0)
