@@ -28,7 +28,7 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
     """
     smallest, largest = _spectrum_ends(matrix)
     ridge = checked_ridge(smallest, largest, epsilon)
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
     scale = (1 + p) / (2 * (largest + ridge))
     coupled = (matrix + ridge * identity) * scale
     root = identity * scale ** (1 / p)
@@ -54,7 +54,7 @@ def _spectrum_ends(matrix: Tensor) -> tuple[float, float]:
         eigenvalues = torch.linalg.eigvalsh(matrix)
         return float(eigenvalues[0]), float(eigenvalues[-1])
     except RuntimeError:  # torch.linalg.LinAlgError among them
-        vector = matrix.new_ones(matrix.shape[0], 1)
+        vector = torch.ones(matrix.shape[0], 1, dtype=matrix.dtype)
         for _ in range(_POWER_ITERATIONS):
             image = matrix @ vector
             vector = image / image.norm().clamp(min=torch.finfo(image.dtype).tiny)
