@@ -338,7 +338,7 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Callable[[Job], N
     snapshots_that_do_not_wait: ("usual", lambda job: job.steps(6)),
     installs_on_the_side: ("usual", lambda job: job.steps(9)),
     events_of_another_stream: ("usual", lambda job: job.steps(9)),
-    streams_not_recorded: ("interval-1", dropped),
+    streams_not_recorded: ("inline", dropped),
     read_before_it_is_there: ("inline", lambda job: job.steps(6)),
     results_used_again_at_once: ("interval-1", lambda job: job.steps(9)),
     snapshots_used_again_at_once: ("interval-1", lambda job: job.steps(9)),
