@@ -139,7 +139,7 @@ class Units:
             SettingsError: for a device without streams, or `root_cores` that this process may not use.
         """
         if device not in self._workplaces:
-            module_of(device)
+            module_of(device)  # refuses one without streams
             self._workplaces[device] = Workplace(RootService(self._config, device), Stopwatch(device))
         return self._workplaces[device]
 

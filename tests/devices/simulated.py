@@ -25,7 +25,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ds_shampoo.host.tasks import Task
-from ds_shampoo.host.transfer import Transfers
-
-DEVICE = torch.device("privateuseone", 0)
+from tests.devices.carrying import Threading, carry_work
+from tests.devices.streams import DEVICE, Actor, DeviceModule, Stream, join
 
 # What needs the device's values on the host.
 _READ_BY_THE_HOST = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
@@ -49,28 +47,6 @@ _NOT_READING = {
     for how in ("empty", "zeros", "ones", "full", "rand", "randn")
     for name in (f"{how}_like", f"new_{how}", "new_empty_strided")
 }
-
-Clock = dict[int, int]
-
-
-def _join(into: Clock, other: Mapping[int, int]) -> None:
-    for actor, time in other.items():
-        into[actor] = max(into.get(actor, 0), time)
-
-
-class Actor:
-    """A stream or a host thread, and what happened before its present."""
-
-    _numbers = iter(range(10**9))
-
-    def __init__(self, name: str) -> None:
-        self.number = next(self._numbers)
-        self.name = name
-        self.clock: Clock = {self.number: 0}
-
-    def tick(self) -> int:
-        self.clock[self.number] += 1
-        return self.clock[self.number]
 
 
 @dataclass(frozen=True)
@@ -116,7 +92,7 @@ class Memory:
             return
         with self.simulation.lock:
             clock = dict(self.owner.clock)
-            _join(clock, self.simulation.thread().clock)
+            join(clock, self.simulation.thread().clock)
             for old in self.accesses:
                 if clock.get(old.actor.number, 0) < old.time and old.actor.number not in self.recorded:
                     self.simulation.race(f"memory is given back before the {old} is over")
@@ -194,7 +170,7 @@ class Simulation:
     def wait_for(self, clock: Mapping[int, int]) -> None:
         """The calling thread goes on when all of that has happened."""
         with self.lock:
-            _join(self.thread().clock, clock)
+            join(self.thread().clock, clock)
 
     def sync(self) -> None:
         """The calling thread waits for its current stream."""
@@ -243,7 +219,7 @@ class Simulation:
         if not on_device:
             return thread
         stream = self.stream.actor
-        _join(stream.clock, thread.clock)
+        join(stream.clock, thread.clock)
         stream.tick()
         return stream
 
@@ -341,7 +317,7 @@ def simulated_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("ds_shampoo.") and hasattr(module, "threading"):
             monkeypatch.setattr(module, "threading", carrying)
-    _carry_work(monkeypatch, carrying)
+    carry_work(monkeypatch, carrying)
     with simulation.followed():
         yield simulation
 
@@ -355,56 +331,6 @@ def _guard() -> None:
             return torch._C._autograd.DeviceType.PrivateUse1
 
     torch._C._acc.register_python_privateuseone_device_guard(Guard())
-
-
-def _carry_work(monkeypatch: pytest.MonkeyPatch, carrying: Threading) -> None:
-    """Work goes from thread to thread in attributes and lists, which CPython changes one after the other.
-
-    Who takes a task on has seen what was done before it was made; who sees that it is done, what was done before that;
-    and who takes a free buffer, what was done before it was given back.
-    """
-
-    def after(owner: type, name: str, act: Callable[[Any, Any], None]) -> None:
-        plain = getattr(owner, name)
-
-        @functools.wraps(plain)
-        def wrapped(self: Any, *arguments: Any, **named: Any) -> Any:
-            found = plain(self, *arguments, **named)
-            act(self, found)
-            return found
-
-        monkeypatch.setattr(owner, name, wrapped)
-
-    def before(owner: type, name: str, act: Callable[[Any], None]) -> None:
-        plain = getattr(owner, name)
-
-        @functools.wraps(plain)
-        def wrapped(self: Any, *arguments: Any, **named: Any) -> Any:
-            act(self)
-            return plain(self, *arguments, **named)
-
-        monkeypatch.setattr(owner, name, wrapped)
-
-    def carrier(owner: Any) -> Any:
-        return owner.__dict__.setdefault("carrier", carrying.Carrier())
-
-    is_done = Task.done.fget
-    assert is_done is not None
-
-    def done(task: Any) -> bool:
-        if not is_done(task):
-            return False
-        carrier(task).take()
-        return True
-
-    after(Task, "__init__", lambda task, _: carrier(task).publish())
-    before(Task, "finish", lambda task: carrier(task).publish())
-    before(Task, "solve", lambda task: carrier(task).take())
-    monkeypatch.setattr(Task, "done", property(done))
-    for given_back in ("release", "discard"):
-        before(Transfers, given_back, lambda transfers: carrier(transfers).publish())
-    before(Transfers, "install", lambda transfers: carrier(transfers).publish())
-    before(Transfers, "_taken", lambda transfers: carrier(transfers).take())
 
 
 def _raw(value: Any) -> Any:
@@ -446,211 +372,4 @@ class _Constructor(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Stream:
-    """A queue of the device."""
-
-    device = DEVICE
-
-    def __init__(self, simulation: Simulation, name: str = "side stream") -> None:
-        self._simulation = simulation
-        self.actor = Actor(name)
-
-    def wait_event(self, event: Event) -> None:
-        with self._simulation.lock:
-            _join(self.actor.clock, event.clock)
-
-    def wait_stream(self, other: Stream) -> None:
-        with self._simulation.lock:
-            _join(self.actor.clock, other.actor.clock)
-
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event(self._simulation)
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        self._simulation.wait_for(self.actor.clock)
-
-
-class Event:
-    """What a stream had done when it came by; nothing, before it is recorded, as in CUDA."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        self._simulation = simulation
-        self.clock: Clock = {}
-
-    def record(self, stream: Stream | None = None) -> None:
-        with self._simulation.lock:
-            stream = stream or self._simulation.stream
-            _join(stream.actor.clock, self._simulation.thread().clock)
-            self.clock = dict(stream.actor.clock)
-
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or self._simulation.stream).wait_event(self)
-
-    def synchronize(self) -> None:
-        if not self.query():
-            self._simulation.waits[self._simulation.thread().name] += 1
-        self._simulation.wait_for(self.clock)
-
-    def query(self) -> bool:
-        """Over only if the thread knows it: what is under way lasts for ever otherwise."""
-        own = self._simulation.thread().clock
-        return all(own.get(actor, 0) >= time for actor, time in self.clock.items())
-
-    def elapsed_time(self, end: Event) -> float:
-        return 1.0
-
-
-class DeviceModule:
-    """What `torch.get_device_module` gives for the device, and remembers."""
-
-    simulation: Simulation
-
-    def Stream(self, device: Any = None, priority: int = 0) -> Stream:  # noqa: N802
-        return Stream(self.simulation)
-
-    def Event(self, enable_timing: bool = False, blocking: bool = False) -> Event:  # noqa: N802
-        return Event(self.simulation)
-
-    def current_stream(self, device: Any = None) -> Stream:
-        return self.simulation.stream
-
-    def default_stream(self, device: Any = None) -> Stream:
-        return self.simulation.default
-
-    @contextlib.contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        before, self.simulation.stream = self.simulation.stream, stream
-        try:
-            yield
-        finally:
-            self.simulation.stream = before
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def is_available(self) -> bool:
-        return True
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def device_count(self) -> int:
-        return 1
-
-    def current_device(self) -> int:
-        return 0
-
-    def set_device(self, device: Any) -> None:
-        """The first thing that a thread of the package does: from here on its work is followed."""
-        self.simulation.follow_thread()
-
-    def synchronize(self, device: Any = None) -> None:
-        self.simulation.sync()
-
-
 _MODULE = DeviceModule()
-
-
-class Threading:
-    """`threading`, with locks, conditions, events and threads that carry clocks from one thread to another."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        self._simulation = simulation
-
-        class Carrier:
-            def __init__(self) -> None:
-                self.clock: Clock = {}
-
-            def publish(self) -> None:
-                with simulation.lock:
-                    _join(self.clock, simulation.thread().clock)
-
-            def take(self) -> None:
-                simulation.wait_for(self.clock)
-
-        class Condition(threading.Condition):
-            def __init__(self, lock: Any = None) -> None:
-                super().__init__(threading.RLock() if lock is None else lock)
-                self.carrier = Carrier()
-
-            def __enter__(self) -> bool:
-                entered = super().__enter__()
-                self.carrier.take()
-                return entered
-
-            def __exit__(self, *error: Any) -> None:
-                self.carrier.publish()
-                super().__exit__(*error)
-
-            def wait(self, timeout: float | None = None) -> bool:
-                self.carrier.publish()
-                try:
-                    return super().wait(timeout)
-                finally:
-                    self.carrier.take()
-
-        class Lock:
-            def __init__(self, make: Any = threading.Lock) -> None:
-                self._lock, self.carrier = make(), Carrier()
-
-            def acquire(self, *arguments: Any, **named: Any) -> bool:
-                taken: bool = self._lock.acquire(*arguments, **named)
-                if taken:
-                    self.carrier.take()
-                return taken
-
-            def release(self) -> None:
-                self.carrier.publish()
-                self._lock.release()
-
-            def __enter__(self) -> bool:
-                return self.acquire()
-
-            def __exit__(self, *error: Any) -> None:
-                self.release()
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(self._lock, name)
-
-        class Event(threading.Event):
-            def __init__(self) -> None:
-                super().__init__()
-                self.carrier = Carrier()
-
-            def set(self) -> None:
-                self.carrier.publish()
-                super().set()
-
-            def is_set(self) -> bool:
-                if not super().is_set():
-                    return False
-                self.carrier.take()
-                return True
-
-            def wait(self, timeout: float | None = None) -> bool:
-                return super().wait(timeout) and self.is_set()
-
-        class Thread(threading.Thread):
-            def start(self) -> None:
-                self.carrier = Carrier()
-                self.carrier.publish()
-                super().start()
-
-            def run(self) -> None:
-                self.carrier.take()
-                super().run()
-                self.carrier.publish()
-
-            def join(self, timeout: float | None = None) -> None:
-                super().join(timeout)
-                if not self.is_alive():
-                    self.carrier.take()
-
-        self.Condition, self.Lock, self.Event, self.Thread = Condition, Lock, Event, Thread
-        self.RLock = lambda: Lock(threading.RLock)
-        self.Carrier = Carrier
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(threading, name)

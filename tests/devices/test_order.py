@@ -14,7 +14,7 @@ from ds_shampoo import Shampoo
 from ds_shampoo.group import ShardedGroup
 from ds_shampoo.host.transfer import HostCopy, Transfers
 from ds_shampoo.sharding.partition import WholeLayout
-from tests.devices import simulated
+from tests.devices import streams
 from tests.devices.simulated import DEVICE, SimTensor, Simulation, simulated_device
 
 SHAPES = [(8, 6), (4, 4), (9,), (6, 8), (4, 3, 2)]
@@ -253,7 +253,7 @@ def without_fence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulated.Event, "record", lambda self, stream=None: None)
+    monkeypatch.setattr(streams.Event, "record", lambda self, stream=None: None)
 
 
 def released_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,13 +269,13 @@ def released_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def snapshots_that_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """The side stream copies what the training stream is still to write."""
-    wait = simulated.Stream.wait_stream
+    wait = streams.Stream.wait_stream
 
-    def only_for_the_side(self: simulated.Stream, other: simulated.Stream) -> None:
+    def only_for_the_side(self: streams.Stream, other: streams.Stream) -> None:
         if self.actor.name != "side stream":
             wait(self, other)
 
-    monkeypatch.setattr(simulated.Stream, "wait_stream", only_for_the_side)
+    monkeypatch.setattr(streams.Stream, "wait_stream", only_for_the_side)
 
 
 def installs_on_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,8 +290,8 @@ def installs_on_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def events_of_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded on the training stream, whatever stream has to be waited for."""
-    record = simulated.Event.record
-    monkeypatch.setattr(simulated.Event, "record", lambda self, stream=None: record(self, self._simulation.default))
+    record = streams.Event.record
+    monkeypatch.setattr(streams.Event, "record", lambda self, stream=None: record(self, self._simulation.default))
 
 
 def streams_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
