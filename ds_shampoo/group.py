@@ -60,7 +60,7 @@ class ShardedGroup:
         self._stopwatch, self._memory = stopwatch, memory
         partition, blocks, owners = table.partition, table.blocks, table.owners
         self._ordinals = table.owned()
-        self._rows = [torch.tensor(ordinals, device=device) for ordinals in self._ordinals]
+        self._rows = [torch.tensor(ordinals, dtype=torch.int64, device=device) for ordinals in self._ordinals]
         build = PRECONDITIONERS[settings.preconditioner]
         root_dtype = DTYPES[settings.root_dtype]
         self.stacks = [build([blocks[i] for i in ordinals], device, root_dtype) for ordinals in self._ordinals]
@@ -228,9 +228,10 @@ class ShardedGroup:
         self.exchange_bytes = 0
         grads, vectors = None, None
         # Both leave at once, so that the second travels while the statistics take in the first.
+        preconditions = any(schedule.preconditions(step) for step in steps)
         if any(schedule.statistics_due(step) for step in steps):
-            grads = self._gather(self._staged(tensors, blank, "grad"))
-        if any(schedule.preconditions(step) for step in steps):
+            grads = self._gather(self._staged(tensors, blank, "grad", waited_for_later=preconditions))
+        if preconditions:
             vectors = self._gather(self._staged(tensors, blank, "vector"))
         self._arrive(grads, gathered)
         clocks = self._clocks([0 if tensor is None else tensor.step for tensor in tensors], self.last_step)
@@ -252,22 +253,27 @@ class ShardedGroup:
         tensors: Sequence[TensorStep | None],
         blank: Sequence[Tensor],
         name: Literal["grad", "vector", "update"],
+        waited_for_later: bool = True,
     ) -> list[Tensor | None]:
         """A vector of every tensor, on the device of the blocks; whole, since many small copies would be slow.
 
         Args:
             blank: what stands for a tensor that takes no part, where others expect its pieces.
+            waited_for_later: the step brings something back afterwards, for which the host waits. Otherwise it waits
+                here: the device reads pinned memory, which the host may write to when the step is over.
         """
         return [
-            (own if self.plan.moves else None) if tensor is None else self._stage(getattr(tensor, name))
+            (own if self.plan.moves else None)
+            if tensor is None
+            else self._stage(getattr(tensor, name), waited_for_later)
             for tensor, own in zip(tensors, blank, strict=True)
         ]
 
-    def _stage(self, vector: Tensor) -> Tensor:
+    def _stage(self, vector: Tensor, waited_for_later: bool) -> Tensor:
+        if vector.device == self.device:
+            return vector
         # A copy to the host is waited for: what reads it there would not.
-        return (
-            vector if vector.device == self.device else vector.to(self.device, non_blocking=self.device.type != "cpu")
-        )
+        return vector.to(self.device, non_blocking=waited_for_later and self.device.type != "cpu")
 
     def _gather(self, staged: Sequence[Tensor | None]) -> Gathering:
         self.exchange_bytes += self.plan.gather_bytes
@@ -313,7 +319,8 @@ class ShardedGroup:
             return squares, None
         flags = torch.zeros_like(squares)
         for stack, rows in zip(self.stacks, self._rows, strict=True):
-            flags[rows] = torch.tensor(stack.ready, dtype=flags.dtype).to(self.device, non_blocking=True)
+            ready = torch.tensor(stack.ready, dtype=flags.dtype, device="cpu")
+            flags[rows] = ready.to(self.device, non_blocking=True)
         shared = torch.stack([squares, flags])
         dist.all_reduce(shared, group=self.table.partition.process_group)
         return shared[0], shared[1]
@@ -342,7 +349,11 @@ class ShardedGroup:
         if self._kept is not None:
             return self._kept
         gathered, scratch = (
-            [torch.zeros(len(s.blocks), *s.blocks[0].shape, device=self.device) for s in self.stacks] for _ in range(2)
+            [
+                torch.zeros(len(s.blocks), *s.blocks[0].shape, dtype=torch.float32, device=self.device)
+                for s in self.stacks
+            ]
+            for _ in range(2)
         )
         if self.device.type == "cpu":
             self._kept = gathered, scratch

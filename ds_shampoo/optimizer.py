@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ds_shampoo import patterns, resuming, wrappers
+from ds_shampoo import accelerators, patterns, resuming, wrappers
 from ds_shampoo.algorithm import multi_tensor, products, selection
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
@@ -189,8 +189,9 @@ class Shampoo(Optimizer):
         self._constructed.append({key: value for key, value in own.items() if key != "params"})
         self._units.add(logical, settings)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads and schedules, which it would trace anew each step
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """Takes one step with the gradients that the parameters have; those without are left alone.
 
         What it raises while it waits leaves everything as if it had not been called, and it may be called again. A
@@ -534,6 +535,7 @@ class Shampoo(Optimizer):
         position = f"param_{sum(len(logical) for logical in self._units.logical) + number}"
         own_name = name or self._names.get(id(tensor), position)
         unfit = wrappers.check_parameter(own_name, tensor)
+        accelerators.check_parameter(own_name, tensor)
         name = self.layout.name(own_name, tensor)
         shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
         found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor)

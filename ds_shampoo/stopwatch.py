@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ds_shampoo.accelerators import module_of
+
 PHASES = ("elementwise", "exchange", "statistics", "roots", "precondition")
 
 # Steps whose events the device may be behind with before the oldest are given up.
@@ -20,7 +22,7 @@ class Stopwatch:
     """Adds up, per step, the milliseconds of each phase; of the wall clock on a CPU, of device events elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
-        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self._module: Any = module_of(device)
         self._open: list[tuple[str, Any, Any]] = []
         self._closed: deque[list[tuple[str, Any, Any]]] = deque(maxlen=_MOST_OPEN_STEPS)
         self._last = dict.fromkeys(PHASES, 0.0)

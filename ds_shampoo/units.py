@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ds_shampoo.accelerators import module_of
 from ds_shampoo.algorithm import multi_tensor
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.config import GroupSettings, SettingsError, ShampooConfig
@@ -135,9 +136,10 @@ class Units:
         """That of a device, made at its first use.
 
         Raises:
-            SettingsError: for `root_cores` that this process may not use.
+            SettingsError: for a device without streams, or `root_cores` that this process may not use.
         """
         if device not in self._workplaces:
+            module_of(device)  # refuses one without streams
             self._workplaces[device] = Workplace(RootService(self._config, device), Stopwatch(device))
         return self._workplaces[device]
 

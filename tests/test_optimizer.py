@@ -456,7 +456,7 @@ def test_shards_on_another_device_are_staged(monkeypatch: pytest.MonkeyPatch, gr
     run(Shampoo(here, grafting=grafting, **SETTINGS), here, range(8))
     copied: list[Tensor] = []
 
-    def stage(_: ShardedGroup, vector: Tensor) -> Tensor:
+    def stage(_: ShardedGroup, vector: Tensor, waited_for_later: bool) -> Tensor:
         copied.append(vector.clone())
         return copied[-1]
 

@@ -187,7 +187,8 @@ def describe(devices: Iterable[torch.device]) -> str:
 def _trial(kernels: TorchKernels, device: torch.device) -> Tensor:
     """What every operation makes of two small tensors, in one."""
     vectors, grads, squares, outs, params = (
-        list(torch.linspace(first, 2.0, 7, device=device).tensor_split([4])) for first in (-1.0, 0.5, 0.25, 0.0, 1.0)
+        list(torch.linspace(first, 2.0, 7, dtype=torch.float32, device=device).tensor_split([4]))
+        for first in (-1.0, 0.5, 0.25, 0.0, 1.0)
     )
     kernels.lerp(vectors, grads, 0.25, 1.5, vectors)
     kernels.divide_by_root(vectors, grads, squares, outs, 0.75, 2.0, 0.5)

@@ -56,7 +56,7 @@ class ShampooPreconditioner:
     def __init__(self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32) -> None:
         self.blocks = tuple(blocks)
         count, dims = len(blocks), blocks[0].factor_dims
-        self.factors = [torch.zeros(count, packed_numel(dim), device=device) for dim in dims]
+        self.factors = [torch.zeros(count, packed_numel(dim), dtype=torch.float32, device=device) for dim in dims]
         self.roots = [torch.zeros(count, dim, dim, dtype=root_dtype, device=device) for dim in dims]
         self.root_order = 2 * len(dims)
         self.updates = [0] * count
@@ -72,7 +72,7 @@ class ShampooPreconditioner:
             if len(slots) == len(self.blocks):
                 accumulate(factor, grads, dim, beta)
             else:
-                chosen = torch.tensor(slots).to(factor.device, non_blocking=True)
+                chosen = torch.tensor(slots, dtype=torch.int64, device="cpu").to(factor.device, non_blocking=True)
                 part = factor[chosen]
                 accumulate(part, grads[chosen], dim, beta)
                 factor[chosen] = part

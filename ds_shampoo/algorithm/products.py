@@ -104,7 +104,8 @@ def onednn_product() -> Multiply | None:
             found: Tensor = linear(left, right, None, "none", [], "")
             return found
 
-        left, right = torch.linspace(-1, 2, 48).view(6, 8), torch.linspace(0.5, 3, 40).view(8, 5)
+        left = torch.linspace(-1, 2, 48, dtype=torch.float32, device="cpu").view(6, 8)
+        right = torch.linspace(0.5, 3, 40, dtype=torch.float32, device="cpu").view(8, 5)
         trials = product(left, right.mT), product(left, right.mT.contiguous())
         if not all(torch.allclose(trial.double(), left.double() @ right.double()) for trial in trials):
             return None

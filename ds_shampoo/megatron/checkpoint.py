@@ -107,7 +107,7 @@ def _count(optimizers: Sequence[Shampoo], steps: int) -> None:
     for unit in (unit for shampoo in optimizers for unit in shampoo.units()):
         unit.sharded.last_step = steps
         for state in unit.states:
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device="cpu")
 
 
 def _steps(optimizers: Sequence[Shampoo]) -> int:

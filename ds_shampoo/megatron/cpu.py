@@ -73,7 +73,7 @@ def _norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) 
 
 
 def _causal_mask(length: int) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool).triu(1)
+    return torch.ones(length, length, dtype=torch.bool, device="cpu").triu(1)
 
 
 def _stay(self: Any, *_: Any, **__: Any) -> Any:

@@ -25,13 +25,14 @@ class PieceNorms:
 
     def squares(self, buffers: Sequence[Tensor | None]) -> Tensor:
         """[segments] fp32: what this rank's buffers add to each squared norm; an absent buffer adds nothing."""
-        total = torch.zeros(self._segments, device=self._device)
+        total = torch.zeros(self._segments, dtype=torch.float32, device=self._device)
         present = [i for i, (buffer, _, _) in enumerate(self._pieces) if buffers[buffer] is not None]
         if present:
             norms = kernels_for(self._device).norms([self._pieces[i][1].of(buffers) for i in present])
             ordinals = self._ordinals
             if len(present) < len(self._pieces):
-                ordinals = ordinals[torch.tensor(present).to(self._device, non_blocking=True)]
+                chosen = torch.tensor(present, dtype=torch.int64, device="cpu")
+                ordinals = ordinals[chosen.to(self._device, non_blocking=True)]
             # In one order on an accelerator too, where index_add_ leaves that to chance.
             total.index_put_((ordinals,), norms.square(), accumulate=True)
         return total

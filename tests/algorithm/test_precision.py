@@ -1,7 +1,11 @@
 """What the fp32 products of a step may round, whatever the job around it allows."""
 
-from collections.abc import Iterator
-from typing import Literal
+import contextlib
+import itertools
+import threading
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,8 +13,8 @@ import torch
 from ds_shampoo import Shampoo
 from ds_shampoo.algorithm.precision import MatmulPrecision, matmul_precision
 
-by_backend = pytest.mark.skipif(
-    not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 has one setting for all"
+by_level = pytest.mark.skipif(
+    not hasattr(torch._C, "_get_fp32_precision_getter"), reason="torch before 2.9 has one setting for all"
 )
 
 
@@ -45,23 +49,138 @@ def test_the_job_gets_its_own_back(job_wide: str) -> None:
     assert torch.get_float32_matmul_precision() == job_wide
 
 
-@by_backend
-@pytest.mark.parametrize(("precision", "cpu"), [("highest", "ieee"), ("high", "tf32"), ("medium", "bf16")])
-def test_the_block_alone_has_its_precision(precision: MatmulPrecision, cpu: str) -> None:
+@by_level
+@pytest.mark.parametrize(
+    ("precision", "tf32", "cuda", "cpu"),
+    [("highest", False, "ieee", "ieee"), ("high", True, "tf32", "tf32"), ("medium", True, "tf32", "bf16")],
+)
+@pytest.mark.parametrize("job", ["tf32", "ieee", "none"])
+def test_inside_both_ways_of_asking_agree(
+    untouched: None, precision: MatmulPrecision, tf32: bool, cuda: str, cpu: str, job: str
+) -> None:
+    """As TunableOp asks, which ROCm's users switch on."""
+    torch.backends.cuda.matmul.fp32_precision = job
     with matmul_precision(precision):
+        assert torch.backends.cuda.matmul.allow_tf32 == tf32
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cuda.matmul.fp32_precision == cuda
         assert torch.backends.mkldnn.matmul.fp32_precision == cpu
 
 
-@by_backend
-def test_a_job_that_sets_backends_one_by_one() -> None:
-    before = torch.backends.cuda.matmul.fp32_precision
+LEVELS = ("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul")
+VALUES = {"generic": ("none", "ieee", "tf32", "bf16"), "cuda": ("none", "ieee", "tf32")}
+VALUES["mkldnn"] = VALUES["generic"]
+
+
+def level(backend: str, op: str) -> str:
+    return str(torch._C._get_fp32_precision_getter(backend, op))
+
+
+def set_level(backend: str, op: str, value: str) -> None:
+    torch._C._set_fp32_precision_setter(backend, op, value)
+
+
+def older() -> list[object]:
+    """What torch's older ways of asking give, or that they refuse, as they do where a job used both."""
+    found: list[object] = []
+    for ask in (torch._C._get_cublas_allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(ask())
+        except RuntimeError:
+            found.append("refused")
+    return found
+
+
+def everything() -> list[object]:
+    """All that a job can learn of its settings, by asking and by changing one level and asking again.
+
+    Changes the levels.
+    """
+    found: list[object] = [*older(), *(level(*at) for at in LEVELS)]
+    for above in LEVELS[:3]:
+        for value in ("ieee", "tf32", "none"):
+            set_level(*above, value)
+            found += [*older(), *(level(*at) for at in LEVELS)]
+    for leaf in LEVELS[3:]:
+        set_level(*leaf, "ieee")
+    return [*found, *older()]
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for at in LEVELS:
+        set_level(*at, "none")
+
+
+def ways_to_set() -> Iterator[Callable[[], None]]:
+    """Every setting of every level, after every use of the older ways, and the older ways after it too."""
+    words = [lambda word=word: torch.set_float32_matmul_precision(word) for word in ("highest", "high", "medium")]
+    tf32 = [lambda on=on: torch._C._set_cublas_allow_tf32(on) for on in (True, False)]
+    for old in (None, *words, *tf32):
+        for values in itertools.product(*(VALUES[backend] for backend, _ in LEVELS)):
+
+            def first(old: Any = old, values: tuple[str, ...] = values) -> None:
+                old and old()
+                for at, value in zip(LEVELS, values, strict=True):
+                    set_level(*at, value)
+
+            yield first
+            if old and set(values) != {"none"} and values[3:] == ("none", "none"):
+
+                def last(old: Any = old, values: tuple[str, ...] = values) -> None:
+                    for at, value in zip(LEVELS, values, strict=True):
+                        set_level(*at, value)
+                    old()
+
+                yield last
+
+
+@by_level
+def test_every_level_comes_back_as_the_job_left_it(untouched: None) -> None:
+    precisions = itertools.cycle(typing.get_args(MatmulPrecision))
+    for number, set_all in enumerate(ways_to_set()):
+        torch.set_float32_matmul_precision("highest")
+        for at in LEVELS:
+            set_level(*at, "none")
+        set_all()
+        alone = everything()
+        torch.set_float32_matmul_precision("highest")
+        for at in LEVELS:
+            set_level(*at, "none")
+        set_all()
+        with contextlib.suppress(ZeroDivisionError), matmul_precision(next(precisions)):
+            with matmul_precision(next(precisions)):
+                pass
+            if number % 2:
+                _ = 1 / 0
+        assert everything() == alone, number
+
+
+@by_level
+def test_threads_do_not_undo_each_other(untouched: None) -> None:
+    """The first to enter would otherwise leave first, and the second put back what the first had set."""
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        with matmul_precision("highest"):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    inside, other_done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        inside.wait()
+        with matmul_precision("medium"):
+            other_saw.append(torch.get_float32_matmul_precision())
+        other_done.set()
+
+    other_saw: list[str] = []
+    thread = threading.Thread(target=other)
+    thread.start()
+    with matmul_precision("highest"):
+        inside.set()
+        assert not other_done.wait(0.05)
+        assert torch.get_float32_matmul_precision() == "highest"
+    thread.join()
+    assert other_saw == ["medium"]
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
 def test_what_the_job_allows_changes_no_step(job_wide: str) -> None:
