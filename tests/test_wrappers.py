@@ -210,7 +210,7 @@ def test_every_reason_is_counted() -> None:
 def test_mostly_flat() -> None:
     """One small layer beside a flattened model is preconditioned, but not what the user means."""
     big = nn.Parameter(torch.zeros(2**19))
-    ((level, line),) = logged([big, nn.Parameter(torch.ones(4, 4))])
+    ((level, line),) = logged([("big", big), ("weight", nn.Parameter(torch.ones(4, 4)))])
     assert level == logging.WARNING
     assert line.startswith("524,288 of 524,304 trained elements lie in parameters of one dimension ('param_0' has")
     assert not logged([nn.Parameter(torch.ones(400)), nn.Parameter(torch.ones(4, 4))])
