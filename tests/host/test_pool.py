@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from ds_shampoo.host.pool import InlineExecutor, Task, ThreadPool, WorkerError, single_threaded
+from ds_shampoo.host.native import single_threaded
+from ds_shampoo.host.pool import InlineExecutor, Task, ThreadPool, WorkerError
 
 LONG = 60.0
 
@@ -112,7 +113,7 @@ def test_a_dead_worker_is_replaced_and_its_task_solved_in_the_step(pool: ThreadP
     pool.submit(behind)
     assert solved(pool, lost) == "again"
     assert lost.lost
-    assert pool.lost == 1
+    assert pool.failed == 1
     assert solved(pool, behind) == "ds_shampoo-root"
     assert not behind.lost
 
@@ -129,7 +130,7 @@ def test_a_hung_worker_is_replaced_and_what_it_says_later_is_ignored(root_thread
     pool.submit(behind)
     assert solved(pool, behind) == "behind"  # waiting for another task finds the hung one too
     assert solved(pool, lost) == "again"
-    assert pool.lost == 1
+    assert pool.failed == 1
     gate.set()
     time.sleep(0.05)
     assert lost.answer() == "again"
@@ -144,7 +145,7 @@ def test_waiting_for_the_input_is_neither_work_nor_a_hang() -> None:
     opener = threading.Timer(0.5, gate.set)
     opener.start()
     assert solved(pool, late) == 1
-    assert pool.lost == 0
+    assert pool.failed == 0
     assert pool.busy_s() < 0.1
     pool.close()
 
@@ -159,7 +160,7 @@ def test_threads_that_die_before_they_have_a_task_hold_nobody_up() -> None:
         never = task(lambda number=number: number)
         pool.submit(never)
         assert solved(pool, never) == number
-    assert pool.lost == 2
+    assert pool.failed == 2
     pool.close()
 
 
@@ -168,7 +169,7 @@ def test_cores_that_went_away_are_done_without(caplog: pytest.LogCaptureFixture)
     item = task(lambda: 1)
     pool.submit(item)
     assert solved(pool, item) == 1
-    assert pool.lost == 0
+    assert pool.failed == 0
     assert "can't be pinned to the cores (32768,)" in caplog.text
     pool.close()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.roots import diagonal, eigh, newton
+from ds_shampoo.algorithm.roots.pieces import between_pieces
 from ds_shampoo.algorithm.roots.solution import Method, NoRootError, Solution
 
 METHODS: Mapping[str, Method] = {"eigh": eigh.solve, "newton": newton.solve}
@@ -73,8 +74,10 @@ def inverse_root(matrix: Tensor, p: int, epsilon: float, method: str = "eigh") -
     compact = b if bool(used.all()) else b[used][:, used]
     reason = ""
     for rung, (name, solve, eps) in enumerate(_chain(method, epsilon)):
+        between_pieces()
         try:
             solution = solve(compact, p, eps)
+            between_pieces()
             if solve is not diagonal.solve:
                 _probe(compact, p, solution)
         except NoRootError as rejection:
