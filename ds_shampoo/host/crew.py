@@ -7,12 +7,14 @@ no interrupt on the training thread leaves anything half done or locked.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import heapq
 import itertools
 import logging
 import math
 import os
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -185,6 +187,14 @@ class Crew:
                 worker.thread.join(max(0.0, until - time.monotonic()))
         return not any(worker.alive for worker in self.workers)
 
+    def give_way(self) -> None:
+        """Has threads that can't be stopped leave the processor to the process that ends beside them."""
+        for worker in self.workers:
+            # Only Linux has priorities of threads under the numbers of processes.
+            if sys.platform == "linux" and worker.alive and worker.thread is not None and worker.thread.native_id:
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, worker.thread.native_id, 19)
+
     def reborn(self) -> Crew:
         """A crew without threads that has everything unfinished in its queue."""
         crew = Crew(self._threads, self._cores, self._set_up)
@@ -263,6 +273,8 @@ def _end_with_the_process() -> None:
         native.leave_threads_behind()
         raise
     if not all(ended):
+        for crew in crews:
+            crew.give_way()
         native.leave_threads_behind()
 
 

@@ -115,10 +115,11 @@ class Task(Generic[Answer]):
         return self._answer[0]
 
     def _wake(self) -> None:
-        try:
-            self._settled.release()
-        except RuntimeError:  # it was settled before
-            return
+        if self._settled.locked():
+            try:
+                self._settled.release()
+            except RuntimeError:  # another thread has just done it
+                return
 
 
 class Executor(Protocol):

@@ -91,12 +91,17 @@ def test_an_exception_reaches_the_caller_with_the_blocks_name(pool: ThreadPool, 
     def fails() -> None:
         raise MemoryError("out of it")
 
-    failing, executor = task(fails, label="block wte[3]"), InlineExecutor() if inline else pool
+    outcomes = iter([fails, fails, fails, lambda: 3])
+    failing = task(lambda: next(outcomes)(), label="block wte[3]")
+    executor = InlineExecutor() if inline else pool
     executor.submit(failing)
+    for _ in range(2):
+        with pytest.raises(WorkerError, match=r"block wte\[3\]: MemoryError: out of it") as caught:
+            executor.settle(failing)
+        assert isinstance(caught.value.__cause__, MemoryError)
     executor.settle(failing)
-    with pytest.raises(WorkerError, match=r"block wte\[3\]: MemoryError: out of it") as caught:
-        failing.answer()
-    assert isinstance(caught.value.__cause__, MemoryError)
+    assert failing.answer() == 3
+    assert executor.failed == 1
     healthy = task(lambda: 2)
     executor.submit(healthy)
     executor.settle(healthy)
