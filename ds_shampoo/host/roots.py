@@ -90,31 +90,13 @@ class RootKeeper:
         """Puts these slots back to where they were built: no statistics, no roots, no jobs under way."""
         self._service.transfers.fence()  # a snapshot may still be read
         for slot in slots:
-            self._drop_pending(slot)
+            self._replace(slot, BlockRoots.fresh(len(self._stack.factors)))
             self._stack.restart(slot)
-            self._blocks[slot] = BlockRoots.fresh(len(self._stack.factors))
-
-    def prepare(self, clock: Sequence[int], settings: GroupSettings) -> None:
-        """Waits."""
-        for slot, step in enumerate(clock):
-            pending = self._blocks[slot].pending
-            if step and pending is not None and step >= pending.due_at:
-                for task in pending.tasks:
-                    self._service._executor.settle(task)
 
     def let_go(self) -> None:
-        """Drops."""
-        for block in self._blocks:
-            block.pending = None
-
-    def restart(self, slots: Sequence[int]) -> None:
-        """Fresh."""
-        for slot in slots:
-            factors = len(self._stack.factors)
-            self._blocks[slot] = _BlockRoots([None] * factors, [False] * factors)
-            for tensor in (*self._stack.factors, *self._stack.roots):
-                tensor[slot].zero_()
-            self._stack.updates[slot], self._stack.ready[slot] = 0, False
+        """Gives back what jobs under way hold; the keeper is of no more use."""
+        for slot in range(len(self._blocks)):
+            self._replace(slot, BlockRoots.fresh(len(self._stack.factors)))
 
     def age(self, slot: int, step: int) -> int | None:
         """Steps since the statistics that the slot's roots in force belong to; None where there are none."""
@@ -152,8 +134,7 @@ class RootKeeper:
         block = BlockRoots.restored(state, self._order(settings))
         saved = state.get("pending")
         snapshots = [self._service.transfers.from_saved(values) for values in saved["snapshots"]] if saved else []
-        self._drop_pending(slot)
-        self._blocks[slot] = block
+        self._replace(slot, block)
         self._stack.ready[slot] &= int(state.get("order", 0)) in (0, self._order(settings))
         if saved:
             corrections, updates = [float(c) for c in saved["corrections"]], int(saved.get("updates", 0))
@@ -214,6 +195,15 @@ class RootKeeper:
         label = f"block {self._stack.blocks[slot]}"
         tasks = [self._service.submit(label, job, due_at - begun_at) for job in jobs]
         return Pending(begun_at, due_at, jobs, tasks)
+
+    def _replace(self, slot: int, block: BlockRoots) -> None:
+        """Puts another history in a block's place, and gives back what the former one holds."""
+        self._drop_pending(slot)
+        former, self._blocks[slot] = self._blocks[slot], block
+        reserved, former.reserved = former.reserved, []
+        for buffer in reserved:
+            if buffer is not None:
+                self._service.transfers.release(buffer)
 
     def _drop_pending(self, slot: int) -> None:
         pending, self._blocks[slot].pending = self._blocks[slot].pending, None
