@@ -137,6 +137,14 @@ class Crew:
             return
         if not (self._has(awaited) or awaited.done) and (awaited.claim() or not (self._has(awaited) or awaited.done)):
             awaited.orphan()
+            self._prune()
+
+    def _prune(self) -> None:
+        """Takes out of the queue what others solve. A thread that is choosing may see the former queue: no harm, since
+        it claims what it finds there."""
+        left = [entry for entry in list(self._queue) if not entry[-1].claimed]
+        heapq.heapify(left)
+        self._queue = left
 
     def _has(self, task: Task[Any]) -> bool:
         return any(worker.task is task for worker in list(self.workers))

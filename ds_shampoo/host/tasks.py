@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -10,8 +12,7 @@ from ds_shampoo.host.native import single_threaded
 
 Answer = TypeVar("Answer")
 
-# What solving raises where memory, threads or LAPACK fail. On the training thread anything else may be an exception of
-# a signal handler, and is left as it is.
+# What solving raises where memory, threads or LAPACK fail; anything else that the training thread meets passes through.
 _FAILURES: tuple[type[Exception], ...] = (MemoryError, RuntimeError)
 
 
@@ -103,6 +104,8 @@ class Task(Generic[Answer]):
             with single_threaded():
                 answer = self._solve()
         except failures as error:
+            if _by_signal_handler(error):
+                raise
             former, self.error = self.error, error
             if former is not None:
                 raise WorkerError(f"{self.label}: {type(error).__name__}: {error}") from error
@@ -120,6 +123,13 @@ class Task(Generic[Answer]):
                 self._settled.release()
             except RuntimeError:  # another thread has just done it
                 return
+
+
+def _by_signal_handler(error: BaseException) -> bool:
+    """Whether a signal handler raised it, in the middle of whatever was solved: then it is for the caller."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class Executor(Protocol):

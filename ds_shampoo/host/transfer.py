@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass
@@ -55,8 +54,7 @@ class Transfers:
         # By shape and dtype, and apart by who writes them: the device writes snapshots, worker threads write results.
         self._snapshots: dict[_Kind, list[HostCopy]] = defaultdict(list)
         self._results: dict[_Kind, list[HostCopy]] = defaultdict(list)
-        self._sizes: dict[int, int] = {}
-        self._numbers = itertools.count()
+        self._sizes: dict[weakref.ref[Tensor], int] = {}
 
     @property
     def bytes(self) -> int:
@@ -141,7 +139,6 @@ class Transfers:
     def _new(self, kind: _Kind) -> Tensor:
         pinned = self._module is not None
         buffer = torch.empty(kind.shape, dtype=kind.dtype, device="cpu", pin_memory=pinned)
-        number = next(self._numbers)
-        weakref.finalize(buffer, self._sizes.pop, number, None).atexit = False
-        self._sizes[number] = buffer.nbytes
+        # The reference takes itself out when the buffer goes; in C, where no interrupt can get lost.
+        self._sizes[weakref.ref(buffer, self._sizes.pop)] = buffer.nbytes
         return buffer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -106,6 +107,39 @@ def test_an_exception_reaches_the_caller_with_the_blocks_name(pool: ThreadPool, 
     executor.submit(healthy)
     executor.settle(healthy)
     assert healthy.answer() == 2
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, TimeoutError, KeyboardInterrupt])
+def test_what_a_signal_handler_raises_is_the_callers(kind: type[BaseException]) -> None:
+    def handler(*_: object) -> None:
+        raise kind("preempted")
+
+    former, executor = signal.signal(signal.SIGUSR1, handler), InlineExecutor()
+    interrupted = task(once(lambda: signal.raise_signal(signal.SIGUSR1), 4))
+    try:
+        executor.submit(interrupted)
+        with pytest.raises(kind, match="preempted") as caught:
+            executor.settle(interrupted)
+        assert type(caught.value) is kind
+        executor.settle(interrupted)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert interrupted.answer() == 4
+    assert executor.failed == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_threads_that_always_die_leave_nothing_in_the_queue() -> None:
+    def fails() -> None:
+        raise RuntimeError("no such device")
+
+    pool = ThreadPool(1, (), LONG, fails)
+    for number in range(20):
+        item = task(lambda: 1, number)
+        pool.submit(item)
+        pool.settle(item)
+    assert len(pool._crew._queue) <= 1
+    pool.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
