@@ -316,3 +316,24 @@ def test_states_of_earlier_releases_are_taken_up() -> None:
             keeping.advance([step], chosen)
     assert all(map(torch.equal, stack.roots, other.roots))
     assert counts.skipped == 0
+
+
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+def test_the_jobs_default_dtype_and_device_are_nothing_to_roots(method: str) -> None:
+    (stack, keeper, _), (other, other_keeper, _) = make(), make()
+    chosen = settings(root_method=method)
+    gradient = grads(0)
+    gradient[:, 2] = 0.0  # a row without gradients is left out, and put back in
+    stack.update(gradient, [0], BETA)
+    keeper.advance([1], chosen)
+    for factor, own in zip(other.factors, stack.factors, strict=True):
+        factor.copy_(own)
+    other.updates = [1]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            other_keeper.advance([1], chosen)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert stack.ready == other.ready == [True]
+    assert all(map(torch.equal, stack.roots, other.roots))

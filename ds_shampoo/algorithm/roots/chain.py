@@ -107,9 +107,9 @@ def _probe(matrix: Tensor, p: int, solution: Solution) -> None:
     Raises:
         NoRootError: if the root is not finite or the relative error exceeds 1e-6.
     """
-    generator = torch.Generator().manual_seed(matrix.shape[0])
+    generator = torch.Generator(device="cpu").manual_seed(matrix.shape[0])
     # As rows, which a product with a symmetric matrix takes twice as fast as columns.
-    vectors = torch.randn(_PROBES, matrix.shape[0], dtype=matrix.dtype, generator=generator)
+    vectors = torch.randn(_PROBES, matrix.shape[0], dtype=matrix.dtype, device="cpu", generator=generator)
     image = torch.addmm(vectors, vectors, matrix, beta=solution.ridge)
     for _ in range(p):
         image = image @ solution.root
@@ -122,7 +122,7 @@ def _expand(solution: Solution, used: Tensor, p: int) -> Tensor:
     """Puts the rows that were left out back in: there A is zero, and the root is that of the ridge."""
     if bool(used.all()):
         return solution.root
-    full = torch.diag(torch.full(used.shape, solution.ridge ** (-1.0 / p), dtype=solution.root.dtype))
+    full = torch.diag(solution.root.new_full(used.shape, solution.ridge ** (-1.0 / p)))
     kept = used.nonzero().squeeze(1)
     full[kept[:, None], kept[None, :]] = solution.root
     return full

@@ -30,7 +30,7 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
     between_pieces()
     smallest, largest = _spectrum_ends(matrix)
     ridge = checked_ridge(smallest, largest, epsilon)
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     scale = (1 + p) / (2 * (largest + ridge))
     coupled = (matrix + ridge * identity) * scale
     root = identity * scale ** (1 / p)
@@ -58,7 +58,7 @@ def _spectrum_ends(matrix: Tensor) -> tuple[float, float]:
         eigenvalues = torch.linalg.eigvalsh(matrix)
         return float(eigenvalues[0]), float(eigenvalues[-1])
     except RuntimeError:  # torch.linalg.LinAlgError among them
-        vector = torch.ones(matrix.shape[0], 1, dtype=matrix.dtype)
+        vector = torch.ones(matrix.shape[0], 1, dtype=matrix.dtype, device=matrix.device)
         for _ in range(_POWER_ITERATIONS):
             image = matrix @ vector
             vector = image / image.norm().clamp(min=torch.finfo(image.dtype).tiny)
