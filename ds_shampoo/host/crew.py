@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ds_shampoo.algorithm.roots import StoppedError, ask_between_pieces
@@ -64,7 +64,8 @@ class Crew:
     """What the threads share. They hold this and not the pool, so that a pool that is dropped can end them.
 
     Attributes:
-        workers: those that were not dismissed.
+        workers: those that solve tasks.
+        dismissed: those that were given up and may still be at something.
     """
 
     def __init__(self, threads: int, cores: tuple[int, ...], set_up: Callable[[], None]) -> None:
@@ -74,6 +75,7 @@ class Crew:
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self.workers: list[_Worker] = []
+        self.dismissed: list[_Worker] = []
         self._closing = False
         self._former_busy_s = 0.0
         self._first = 0.0
@@ -154,6 +156,7 @@ class Crew:
 
     def _without(self, worker: _Worker) -> None:
         """Takes a worker off the list."""
+        self.dismissed = [other for other in [*self.dismissed, worker] if other.alive]
         self._former_busy_s += worker.busy_s
         self.workers = [other for other in self.workers if other is not worker]
 
@@ -179,7 +182,7 @@ class Crew:
     def close(self, seconds: float) -> None:
         """Ends the threads; those that are at a piece of work are waited for, so long at most."""
         self.stop()
-        self.join(time.monotonic() + seconds)
+        _join(self.workers, time.monotonic() + seconds)
 
     def stop(self) -> None:
         """Has every thread end after the piece of work that it is at."""
@@ -189,15 +192,14 @@ class Crew:
             self.nudge()
 
     def join(self, until: float) -> bool:
-        """Waits for threads that were told to end, until this time of `time.monotonic`; whether all have."""
-        for worker in self.workers:
-            if worker.alive and worker.thread is not None and worker.thread is not threading.current_thread():
-                worker.thread.join(max(0.0, until - time.monotonic()))
-        return not any(worker.alive for worker in self.workers)
+        """Waits for all threads, dismissed ones too, until this time of `time.monotonic`; whether they have ended."""
+        everyone = [*self.workers, *self.dismissed]
+        _join(everyone, until)
+        return not any(worker.alive for worker in everyone)
 
     def give_way(self) -> None:
         """Has threads that can't be stopped leave the processor to the process that ends beside them."""
-        for worker in self.workers:
+        for worker in [*self.workers, *self.dismissed]:
             # Only Linux has priorities of threads under the numbers of processes.
             if sys.platform == "linux" and worker.alive and worker.thread is not None and worker.thread.native_id:
                 with contextlib.suppress(OSError):
@@ -264,6 +266,12 @@ class Crew:
                 task.orphan(error)
         worker.busy_s += max(0.0, time.monotonic() - worker.began)
         worker.task, worker.began = None, math.inf
+
+
+def _join(workers: Sequence[_Worker], until: float) -> None:
+    for worker in workers:
+        if worker.alive and worker.thread is not None and worker.thread is not threading.current_thread():
+            worker.thread.join(max(0.0, until - time.monotonic()))
 
 
 _CREWS: weakref.WeakSet[Crew] = weakref.WeakSet()

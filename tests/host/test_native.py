@@ -115,12 +115,17 @@ matrix = torch.randn(order, order, dtype=torch.float64)
 matrix += matrix.mT.clone()
 
 def solve():
-    started.set()
-    {work}
+    if not started.is_set():
+        started.set()
+        {work}
 
-pool = ThreadPool(1, (), 600.0)
-pool.submit(Task("root", (0,), solve))
+pool = ThreadPool(1, (), {timeout})
+task = Task("root", (0,), solve)
+pool.submit(task)
 started.wait()
+if {timeout} < 1:
+    pool.settle(task)
+    assert task.lost
 if {dropped}:
     pool._closer.detach()
     del pool
@@ -131,22 +136,25 @@ print("at work", flush=True)
 
 
 @pytest.mark.parametrize(
-    ("work", "end", "dropped", "code"),
+    ("work", "end", "fate", "code"),
     [
-        ("torch.linalg.eigh(matrix)", "pass", False, 0),
-        ("torch.linalg.eigh(matrix)", "sys.exit(3)", False, 3),
-        ("torch.linalg.eigh(matrix)", "raise RuntimeError('training failed')", False, 1),
-        ("torch.linalg.eigh(matrix)", "pass", True, 0),
-        ("[torch.linalg.eigh(matrix[:200, :200]) for _ in range(10**9)]", "sys.exit(3)", False, 3),
-        ("[matrix[:300, :300] @ matrix[:300, :300] for _ in range(10**9)]", "pass", False, 0),
-        ("time.sleep(600)", "sys.exit(3)", False, 3),
-        ("threading.Lock().acquire() and threading.Event().wait()", "pass", False, 0),
+        ("torch.linalg.eigh(matrix)", "pass", "", 0),
+        ("torch.linalg.eigh(matrix)", "sys.exit(3)", "", 3),
+        ("torch.linalg.eigh(matrix)", "raise RuntimeError('training failed')", "", 1),
+        ("torch.linalg.eigh(matrix)", "pass", "dropped", 0),
+        ("[torch.linalg.eigh(matrix[:200, :200]) for _ in range(10**9)]", "sys.exit(3)", "", 3),
+        ("[matrix[:300, :300] @ matrix[:300, :300] for _ in range(10**9)]", "pass", "", 0),
+        ("[torch.linalg.eigh(matrix[:200, :200]) for _ in range(10**9)]", "sys.exit(3)", "hung", 3),
+        ("time.sleep(600)", "sys.exit(3)", "", 3),
+        ("threading.Lock().acquire() and threading.Event().wait()", "pass", "", 0),
     ],
-    ids=["eigh", "exit", "exception", "dropped", "small eighs", "products", "sleep", "wait"],
+    ids=["eigh", "exit", "exception", "dropped", "small eighs", "products", "hung eighs", "sleep", "wait"],
 )
-def test_no_thread_can_spoil_the_exit(tmp_path: Path, work: str, end: str, dropped: bool, code: int) -> None:
+def test_no_thread_can_spoil_the_exit(tmp_path: Path, work: str, end: str, fate: str, code: int) -> None:
     program = tmp_path / "program.py"
-    program.write_text(EXIT.format(work=work, end=end, dropped=dropped))
+    program.write_text(
+        EXIT.format(work=work, end=end, dropped=fate == "dropped", timeout=0.1 if fate == "hung" else 600.0)
+    )
     done = subprocess.run(
         [sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
     )
