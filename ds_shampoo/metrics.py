@@ -19,6 +19,7 @@ def collect(groups: Collection[ShardedGroup], workplaces: Sequence[Workplace], s
         "root_fallbacks": sum(group.counts.fallbacks for group in groups),
         "roots_skipped": sum(group.counts.skipped for group in groups),
         "roots_rejected": sum(group.counts.rejected for group in groups),
+        "statistics_restarted": sum(group.counts.restarted for group in groups),
         "root_age_mean": sum(ages) / len(ages) if ages else 0.0,
         "root_age_max": max(ages, default=0),
         "exchange_bytes": sum(group.exchange_bytes for group in groups),

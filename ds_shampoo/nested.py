@@ -36,6 +36,7 @@ def to_nested(state: Mapping[str, Any], rooted: bool, device: torch.device) -> d
         "due_at": 0,
         "snapshots": [torch.zeros_like(factor) for factor in factors],
         "corrections": [0.0] * len(factors),
+        "updates": 0,
     }
     rest = {key: value for key, value in state.items() if key not in ("pending", "rooted")}
     whole = {**rest, "pending": pending}

@@ -246,7 +246,8 @@ class Shampoo(Optimizer):
         owned_blocks, preconditioned_blocks: blocks of this rank, and those of them whose roots are in force.
         root_updates, root_fallbacks, roots_skipped, roots_rejected: roots put in force since this process began,
         those of them that a fallback gave, boundaries that needed no root, and factors that got none.
-        roots_failed, root_waits, root_wait_ms: jobs whose thread died or hung and that were solved in the step; how
+        statistics_restarted: blocks whose statistics began afresh since one was not finite.
+        roots_failed, root_waits, root_wait_ms: jobs that no thread could solve and that were solved in the step; how
         often a step waited for a job, and for how long in all.
         root_age_mean, root_age_max: steps since the statistics that the roots in force belong to; 0 for none.
         root_queue_depth, root_busy_ms, root_threads_busy: jobs not begun yet, for how long the threads worked, and

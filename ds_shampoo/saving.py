@@ -149,5 +149,6 @@ def _load(
     state: Mapping[str, Any],
     settings: GroupSettings,
 ) -> None:
+    keeper.check_block_state(slot, state)
     stack.load_block_state(slot, state)
     keeper.load_block_state(slot, state, settings)

@@ -94,8 +94,9 @@ def take_up(sharded: ShardedGroup, found: Mapping[str, Mapping[str, Any]], setti
             f"the checkpoint lacks the factors of {len(missing)} of {len(slots)} blocks, {missing[0]} first: it was "
             "saved of another model, or by ranks that had other blocks"
         )
-    for block, *_ in slots:
+    for block, _, keeper, slot in slots:
         check(block, found[block.parameter][str(block.index)])
+        keeper.check_block_state(slot, from_nested(found[block.parameter][str(block.index)]))
     for block, stack, keeper, slot in slots:
         state = from_nested(found[block.parameter][str(block.index)])
         stack.load_block_state(slot, state)

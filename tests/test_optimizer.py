@@ -480,10 +480,14 @@ def test_a_nan_gradient_is_rejected_counted_and_leaves_the_roots(caplog: pytest.
     assert optimizer.metrics()["preconditioned_blocks"] == 1
     after = block_of(optimizer)["roots"].values()
     assert all(torch.equal(a, b) for a, b in zip(roots, after, strict=True))
-    give_grad(param, 5)
+    param.grad = torch.full_like(param, math.nan)
     optimizer.step()
     assert optimizer.metrics()["preconditioned_blocks"] == 0
     assert "param_0[0]" in caplog.text
+    give_grad(param, 5)
+    optimizer.step()
+    assert optimizer.metrics()["preconditioned_blocks"] == 1
+    assert optimizer.metrics()["statistics_restarted"] == 2
 
 
 def test_zero_gradients_change_nothing() -> None:

@@ -112,6 +112,38 @@ def test_a_lost_worker_changes_nothing(
     assert "its root thread died or hung; it is solved in the step" in caplog.text
 
 
+def test_a_root_that_failed_once_is_solved_in_the_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reference: list[nn.Parameter]
+) -> None:
+    calls, others = iter(range(10**6)), threading.enumerate()
+
+    def short_of_memory(*arguments: Any) -> InverseRoot:
+        if threading.current_thread() not in others and next(calls) in (3, 20):
+            raise MemoryError("no room")
+        return inverse_root(*arguments)
+
+    monkeypatch.setattr(jobs, "inverse_root", short_of_memory)
+    params, optimizer = build(root_threads=1)
+    train(params, optimizer, range(STEPS))
+    assert same(params, reference)
+    assert optimizer.metrics()["roots_failed"] == 2
+    assert "MemoryError in its root thread (no room); it is solved in the step" in caplog.text
+
+
+def test_without_any_thread_the_bits_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reference: list[nn.Parameter]
+) -> None:
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    params, optimizer = build()
+    train(params, optimizer, range(STEPS))
+    assert same(params, reference)
+    assert optimizer.metrics()["roots_failed"] == optimizer.metrics()["root_updates"] > 0
+    assert "can't start new thread" in caplog.text
+
+
 @pytest.mark.parametrize("steps", [3, STEPS])
 def test_threads_end_with_the_optimizer_that_is_dropped(steps: int) -> None:
     before = set(threading.enumerate())
@@ -211,6 +243,13 @@ if __name__ == "__main__":
     [
         ("pass", 0),
         ("sys.exit(3)", 3),
+        (
+            "jobs.inverse_root = inverse_root\n"
+            "    large = nn.Parameter(torch.randn(3072, 2))\n"
+            "    late = Shampoo([large], lr=0.01, block_size=3072, root_interval=10, root_threads=1)\n"
+            "    large.grad = torch.randn(3072, 2); late.step(); time.sleep(0.3); sys.exit(4)",
+            4,
+        ),
         ("raise RuntimeError('training failed')", 1),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -signal.SIGTERM),
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); os.kill(os.getpid(), signal.SIGTERM)", 5),
@@ -232,7 +271,7 @@ if __name__ == "__main__":
             0,
         ),
     ],
-    ids=["end", "exit", "exception", "sigterm", "handled-sigterm", "sigint", "_exit", "dataloaders"],
+    ids=["end", "exit", "large root", "exception", "sigterm", "handled-sigterm", "sigint", "_exit", "dataloaders"],
 )
 def test_every_way_out_ends_the_process(tmp_path: Path, end: str, code: int) -> None:
     program = tmp_path / "program.py"
@@ -244,3 +283,4 @@ def test_every_way_out_ends_the_process(tmp_path: Path, end: str, code: int) -> 
     assert "jobs under way" in done.stdout
     assert done.returncode == code, done.stdout
     assert "Fatal Python error" not in done.stdout
+    assert "terminate called" not in done.stdout

@@ -25,6 +25,12 @@ class Preconditioner(Protocol):
     ready: list[bool]
     root_order: int
 
+    def restart(self, slot: int) -> None:
+        """Puts the slot back to where it was built."""
+
+    def restart_statistics(self, slot: int) -> None:
+        """Forgets the slot's gradients; what is in force stays."""
+
     def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
         """Folds block gradients [n, *shape] into the statistics of `slots`."""
 
@@ -37,8 +43,15 @@ class Preconditioner(Protocol):
     def block_state(self, slot: int) -> dict[str, Any]:
         """Plain tensors, views of the present state, and numbers: `load_block_state` restores the slot bit for bit."""
 
+    def check_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
+        """Whether `load_block_state` would take the state.
+
+        Raises:
+            ValueError: naming the block and what is missing or does not fit.
+        """
+
     def load_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
-        """Takes back what `block_state` gave."""
+        """Takes back what `block_state` gave, or raises as `check_block_state` does and changes nothing."""
 
 
 class ShampooPreconditioner:
@@ -61,6 +74,17 @@ class ShampooPreconditioner:
         self.root_order = 2 * len(dims)
         self.updates = [0] * count
         self.ready = [False] * count
+
+    def restart(self, slot: int) -> None:
+        self.restart_statistics(slot)
+        for root in self.roots:
+            root[slot].zero_()
+        self.ready[slot] = False
+
+    def restart_statistics(self, slot: int) -> None:
+        for factor in self.factors:
+            factor[slot].zero_()
+        self.updates[slot] = 0
 
     def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
         """L <- b L + w G Gᵀ along every preconditioned dimension (paper, Algorithm 1)."""
@@ -93,7 +117,10 @@ class ShampooPreconditioner:
             "ready": self.ready[slot],
         }
 
-    def load_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
+    def check_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
+        missing = [name for name in ("factors", "roots", "updates", "ready") if name not in state]
+        if missing:
+            raise ValueError(f"block {self.blocks[slot]}: the checkpoint lacks {', '.join(missing)}")
         for name, own in (("factors", self.factors), ("roots", self.roots)):
             saved = [tuple(tensor.shape) for tensor in state[name]]
             if saved != [tuple(tensor.shape[1:]) for tensor in own]:
@@ -101,6 +128,12 @@ class ShampooPreconditioner:
                     f"the {name} of block {self.blocks[slot]} have the shapes {saved} in the checkpoint, but "
                     f"{[tuple(tensor.shape[1:]) for tensor in own]} here: another block_size, model or release"
                 )
+        if int(state["updates"]) < 0:
+            raise ValueError(f"block {self.blocks[slot]}: {state['updates']} updates in the checkpoint; 0 or more do")
+
+    def load_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
+        self.check_block_state(slot, state)
+        for name, own in (("factors", self.factors), ("roots", self.roots)):
             for tensor, value in zip(own, state[name], strict=True):
                 tensor[slot].copy_(value)
         self.updates[slot] = int(state["updates"])

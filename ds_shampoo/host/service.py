@@ -11,7 +11,8 @@ import torch
 from ds_shampoo.config import GroupSettings, SettingsError, ShampooConfig
 from ds_shampoo.host.cores import CorePlan, format_cores, plan_cores, this_machine
 from ds_shampoo.host.jobs import RootAnswer, RootJob
-from ds_shampoo.host.pool import Executor, InlineExecutor, Task, ThreadPool
+from ds_shampoo.host.pool import ThreadPool
+from ds_shampoo.host.tasks import Executor, InlineExecutor, Task
 from ds_shampoo.host.transfer import HostCopy, Transfers
 
 logger = logging.getLogger("ds_shampoo")
@@ -66,18 +67,29 @@ class RootService:
         self._executor.submit(task)
         return task
 
-    def collect(self, task: Task[RootAnswer], snapshot: HostCopy) -> RootAnswer:
-        """A job's answer, waited for if need be; its snapshot's buffer is free again.
+    def settle(self, task: Task[RootAnswer]) -> None:
+        """Waits for a job's answer, or solves it here; may be called again after any exception.
 
         Raises:
-            WorkerError: naming the block, where the job raised.
+            WorkerError: naming the block, where the job raised, there and here.
         """
         self._executor.settle(task)
-        if task.lost:
-            self.transfers.abandon(snapshot)
-        else:
+
+    def collect(self, task: Task[RootAnswer], snapshot: HostCopy) -> RootAnswer:
+        """The answer of a job that is settled; its snapshot's buffer is free again. Once for every job."""
+        if not task.lost:
             self.transfers.release(snapshot)
         return task.answer()
+
+    def drop(self, task: Task[RootAnswer], snapshot: HostCopy) -> None:
+        """Gives up a job that nobody wants any more; its buffers are free again when nobody uses them."""
+        task.cancelled = True
+        if task.claim():
+            self.transfers.release(snapshot)
+        elif task.done:
+            answer = self.collect(task, snapshot)
+            if answer.root is not None:
+                self.transfers.discard(answer.root)
 
     def describe(self) -> str:
         """One line for the table at start."""
@@ -100,7 +112,7 @@ class RootService:
         return {
             "root_waits": pool.waits if pool else 0,
             "root_wait_ms": 1e3 * pool.wait_s if pool else 0.0,
-            "roots_failed": pool.lost if pool else 0,
+            "roots_failed": self._executor.failed,
             "root_queue_depth": pool.queue_depth() if pool else 0,
             "root_busy_ms": 1e3 * pool.busy_s() if pool else 0.0,
             "root_threads_busy": pool.busy_share() if pool else 0.0,

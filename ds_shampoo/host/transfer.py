@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ds_shampoo.host.native import allow_calls_beside_captures
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,8 @@ class Transfers:
     Snapshots are taken on a side stream. What they read must not be overwritten before `fence`, which makes the
     training stream wait for them on the device, and costs the host nothing.
 
-    Attributes:
-        bytes: held in buffers, those in use and those waiting to be used again.
+    A buffer belongs to whoever refers to it. One that is not given back is freed as soon as nobody refers to it: a
+    thread that was given up and still reads it, say. So no way out of a step can lose one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,12 +54,24 @@ class Transfers:
         # By shape and dtype, and apart by who writes them: the device writes snapshots, worker threads write results.
         self._snapshots: dict[_Kind, list[HostCopy]] = defaultdict(list)
         self._results: dict[_Kind, list[HostCopy]] = defaultdict(list)
-        self.bytes = 0
-        self._counting = threading.Lock()
+        self._sizes: dict[weakref.ref[Tensor], int] = {}
 
-    def snapshot(self, source: Tensor) -> HostCopy:
-        """Copies a tensor to the host, behind what the training stream has been given so far."""
-        buffer = self._buffer(self._snapshots, _kind(source))
+    @property
+    def bytes(self) -> int:
+        """Held in buffers, those in use and those waiting to be used again."""
+        return sum(list(self._sizes.values()))
+
+    def reserve(self, source: Tensor) -> HostCopy:
+        """A buffer for `snapshot` of such a tensor, which then has no memory to ask for."""
+        return self._taken(self._snapshots, _kind(source))
+
+    def snapshot(self, source: Tensor, reserved: HostCopy | None = None) -> HostCopy:
+        """Copies a device tensor to the host, behind what the training stream has been given so far.
+
+        Args:
+            reserved: the buffer to be used, if `reserve` gave one.
+        """
+        buffer = (reserved or self.reserve(source)).tensor
         if self._side is None:
             buffer.copy_(source)
             return HostCopy(buffer)
@@ -69,6 +83,12 @@ class Transfers:
         source.record_stream(self._side)
         return HostCopy(buffer, event)
 
+    def from_saved(self, values: Tensor) -> HostCopy:
+        """A snapshot that comes out of a checkpoint, wherever that was loaded to, in a buffer that `release` takes."""
+        buffer = self._taken(self._snapshots, _kind(values)).tensor
+        buffer.copy_(values)
+        return HostCopy(buffer)
+
     def fence(self) -> None:
         """Has the training stream wait, on the device, until all snapshots are taken."""
         if self._side is not None:
@@ -76,7 +96,7 @@ class Transfers:
 
     def result(self, values: Tensor, dtype: torch.dtype) -> HostCopy:
         """A host tensor, rounded to `dtype`, in a buffer that `install` can take; for worker threads."""
-        buffer = self._buffer(self._results, _Kind(values.shape, dtype))
+        buffer = self._taken(self._results, _Kind(values.shape, dtype)).tensor
         buffer.copy_(values)
         return HostCopy(buffer)
 
@@ -87,31 +107,38 @@ class Transfers:
         if self._module is not None:
             event = self._event()
             event.record(self._module.current_stream(target.device))
-        self._results[_kind(result.tensor)].append(HostCopy(result.tensor, event))
+        self.discard(HostCopy(result.tensor, event))
+
+    def discard(self, result: HostCopy) -> None:
+        """Takes back the buffer of a result that is not needed any more."""
+        self._results[_kind(result.tensor)].append(result)
 
     def release(self, snapshot: HostCopy) -> None:
         """Takes back the buffer of a snapshot that nobody reads any more."""
         self._snapshots[_kind(snapshot.tensor)].append(snapshot)
 
-    def abandon(self, snapshot: HostCopy) -> None:
-        """Gives up the buffer of a snapshot that a lost thread may still read."""
-        with self._counting:
-            self.bytes -= snapshot.tensor.nbytes
-
     def bind_thread(self) -> None:
         """Has the calling thread mean this device: a worker that waits for it must not open another."""
         if self._side is not None:
             self._module.set_device(self._side.device)
+            allow_calls_beside_captures()
 
     def _event(self) -> Any:
         """One at which a host thread sleeps until the device is there; CUDA's would have it spin."""
         return self._module.Event(blocking=True) if self._side.device.type == "cuda" else self._module.Event()
 
-    def _buffer(self, free: dict[_Kind, list[HostCopy]], kind: _Kind) -> Tensor:
+    def _taken(self, free: dict[_Kind, list[HostCopy]], kind: _Kind) -> HostCopy:
+        """A free buffer, which nothing on the device uses any more, or a new one."""
         try:
-            return free[kind].pop().wait()
+            found = free[kind].pop()
         except IndexError:
-            buffer = torch.empty(kind.shape, dtype=kind.dtype, pin_memory=self._module is not None)
-            with self._counting:
-                self.bytes += buffer.nbytes
-            return buffer
+            return HostCopy(self._new(kind))
+        found.wait()
+        return HostCopy(found.tensor)
+
+    def _new(self, kind: _Kind) -> Tensor:
+        pinned = self._module is not None
+        buffer = torch.empty(kind.shape, dtype=kind.dtype, device="cpu", pin_memory=pinned)
+        # The reference takes itself out when the buffer goes; in C, where no interrupt can get lost.
+        self._sizes[weakref.ref(buffer, self._sizes.pop)] = buffer.nbytes
+        return buffer

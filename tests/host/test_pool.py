@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from ds_shampoo.host.pool import InlineExecutor, Task, ThreadPool, WorkerError, single_threaded
+from ds_shampoo.host.native import single_threaded
+from ds_shampoo.host.pool import InlineExecutor, Task, ThreadPool, WorkerError
 
 LONG = 60.0
 
@@ -90,16 +92,54 @@ def test_an_exception_reaches_the_caller_with_the_blocks_name(pool: ThreadPool, 
     def fails() -> None:
         raise MemoryError("out of it")
 
-    failing, executor = task(fails, label="block wte[3]"), InlineExecutor() if inline else pool
+    outcomes = iter([fails, fails, fails, lambda: 3])
+    failing = task(lambda: next(outcomes)(), label="block wte[3]")
+    executor = InlineExecutor() if inline else pool
     executor.submit(failing)
+    for _ in range(2):
+        with pytest.raises(WorkerError, match=r"block wte\[3\]: MemoryError: out of it") as caught:
+            executor.settle(failing)
+        assert isinstance(caught.value.__cause__, MemoryError)
     executor.settle(failing)
-    with pytest.raises(WorkerError, match=r"block wte\[3\]: MemoryError: out of it") as caught:
-        failing.answer()
-    assert isinstance(caught.value.__cause__, MemoryError)
+    assert failing.answer() == 3
+    assert executor.failed == 1
     healthy = task(lambda: 2)
     executor.submit(healthy)
     executor.settle(healthy)
     assert healthy.answer() == 2
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, TimeoutError, KeyboardInterrupt])
+def test_what_a_signal_handler_raises_is_the_callers(kind: type[BaseException]) -> None:
+    def handler(*_: object) -> None:
+        raise kind("preempted")
+
+    former, executor = signal.signal(signal.SIGUSR1, handler), InlineExecutor()
+    interrupted = task(once(lambda: signal.raise_signal(signal.SIGUSR1), 4))
+    try:
+        executor.submit(interrupted)
+        with pytest.raises(kind, match="preempted") as caught:
+            executor.settle(interrupted)
+        assert type(caught.value) is kind
+        executor.settle(interrupted)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert interrupted.answer() == 4
+    assert executor.failed == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_threads_that_always_die_leave_nothing_in_the_queue() -> None:
+    def fails() -> None:
+        raise RuntimeError("no such device")
+
+    pool = ThreadPool(1, (), LONG, fails)
+    for number in range(20):
+        item = task(lambda: 1, number)
+        pool.submit(item)
+        pool.settle(item)
+    assert len(pool._crew._queue) <= 1
+    pool.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -112,7 +152,7 @@ def test_a_dead_worker_is_replaced_and_its_task_solved_in_the_step(pool: ThreadP
     pool.submit(behind)
     assert solved(pool, lost) == "again"
     assert lost.lost
-    assert pool.lost == 1
+    assert pool.failed == 1
     assert solved(pool, behind) == "ds_shampoo-root"
     assert not behind.lost
 
@@ -129,7 +169,7 @@ def test_a_hung_worker_is_replaced_and_what_it_says_later_is_ignored(root_thread
     pool.submit(behind)
     assert solved(pool, behind) == "behind"  # waiting for another task finds the hung one too
     assert solved(pool, lost) == "again"
-    assert pool.lost == 1
+    assert pool.failed == 1
     gate.set()
     time.sleep(0.05)
     assert lost.answer() == "again"
@@ -144,7 +184,7 @@ def test_waiting_for_the_input_is_neither_work_nor_a_hang() -> None:
     opener = threading.Timer(0.5, gate.set)
     opener.start()
     assert solved(pool, late) == 1
-    assert pool.lost == 0
+    assert pool.failed == 0
     assert pool.busy_s() < 0.1
     pool.close()
 
@@ -159,7 +199,7 @@ def test_threads_that_die_before_they_have_a_task_hold_nobody_up() -> None:
         never = task(lambda number=number: number)
         pool.submit(never)
         assert solved(pool, never) == number
-    assert pool.lost == 2
+    assert pool.failed == 2
     pool.close()
 
 
@@ -168,7 +208,7 @@ def test_cores_that_went_away_are_done_without(caplog: pytest.LogCaptureFixture)
     item = task(lambda: 1)
     pool.submit(item)
     assert solved(pool, item) == 1
-    assert pool.lost == 0
+    assert pool.failed == 0
     assert "can't be pinned to the cores (32768,)" in caplog.text
     pool.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 
@@ -39,6 +40,13 @@ def grads(seed: int, blocks: int = 1) -> torch.Tensor:
     return torch.randn(blocks, 4, 3, generator=torch.Generator().manual_seed(seed))
 
 
+def spoiled(seed: int, blocks: int) -> torch.Tensor:
+    """Gradients of which the first block's has an element that is no number."""
+    gradients = grads(seed, blocks)
+    gradients[0, 1, 1] = math.nan
+    return gradients
+
+
 def settings(**changed: object) -> GroupSettings:
     return GroupSettings(**{"statistics_beta": BETA, "root_interval": 1, **changed})
 
@@ -65,8 +73,8 @@ def test_a_statistic_that_did_not_move_is_rescaled_and_one_that_did_is_solved() 
 
 def test_the_threshold_is_off_by_default() -> None:
     stack, keeper, counts = make()
-    stack.update(grads(0), [0], BETA)
     for step in (1, 2, 3):
+        stack.update(grads(0), [0], BETA)
         keeper.advance([step], settings())
     assert (counts.updates, counts.skipped) == (6, 0)
     assert keeper.block_state(0)["rooted"] == []
@@ -79,22 +87,21 @@ def test_rejected_roots_stay_then_give_way_and_come_back(caplog: pytest.LogCaptu
     keeper.advance([1, 1], chosen)
     old = stack.roots[0][0].clone()
 
-    healthy = [factor.clone() for factor in stack.factors]
-    for factor in stack.factors:
-        factor[0].fill_(math.nan)
     with caplog.at_level(logging.WARNING, "ds_shampoo"):
+        stack.update(spoiled(1, 2), [0, 1], BETA)
         keeper.advance([2, 2], chosen)
         assert counts.rejected == 2
         assert stack.ready == [True, True]
         assert torch.equal(stack.roots[0][0], old)
+        stack.update(spoiled(2, 2), [0, 1], BETA)
         keeper.advance([3, 3], chosen)
         assert stack.ready == [False, True]
         assert keeper.age(0, 3) is None
-        for factor, value in zip(stack.factors, healthy, strict=True):
-            factor.copy_(value)
+        stack.update(grads(3, 2), [0, 1], BETA)
         keeper.advance([4, 4], chosen)
     assert stack.ready == [True, True]
     assert counts.rejected == 4
+    assert counts.restarted == 2
     messages = " ".join(record.getMessage() for record in caplog.records)
     assert "w[0]" in messages
     assert "number 1 of this block, 1 of this rank's blocks in all" in messages
@@ -227,3 +234,106 @@ def test_roots_of_another_order_are_dropped_and_the_statistics_kept() -> None:
     other_keeper.advance([2], settings(inverse_exponent_override=8))
     assert other.ready == [True]
     assert torch.allclose(other.roots[0][0] @ other.roots[0][0], stack.roots[0][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_restarted_slot_is_as_if_just_built(overlap: bool) -> None:
+    (stack, keeper, _), (fresh, fresh_keeper, _) = make(2, 2, overlap), make(2, 2, overlap)
+    chosen = settings(root_interval=2)
+    for step in range(1, 6):
+        stack.update(grads(step, 2), [0, 1], BETA)
+        keeper.advance([step, step], chosen)
+    other = [root[1].clone() for root in stack.roots]
+    assert "pending" in keeper.block_state(0)
+    keeper.restart([0])
+    assert all(map(torch.equal, other, [root[1] for root in stack.roots]))
+    assert (stack.ready, stack.updates) == ([False, True], [0, 5])
+    assert keeper.age(0, 5) is None
+    assert keeper.block_state(0) == fresh_keeper.block_state(0)
+    for step in range(1, 7):
+        for each, keeping in ((stack, keeper), (fresh, fresh_keeper)):
+            each.update(grads(10 + step, 2), [0, 1], BETA)
+            keeping.advance([step, step], chosen)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(stack.roots, fresh.roots, strict=True))
+        assert stack.ready[0] == fresh.ready[0]
+
+
+def damaged(state: dict[str, object], key: str, odd: object) -> dict[str, object]:
+    """A state in which something is missing (None), or is something else."""
+    if key.startswith("pending."):
+        return {**state, "pending": damaged(dict(state["pending"]), key.removeprefix("pending."), odd)}  # type: ignore[call-overload]
+    return {k: v for k, v in state.items() if k != key} if odd is None else {**state, key: odd}
+
+
+@pytest.mark.parametrize(
+    ("key", "odd"),
+    [
+        *((key, None) for key in ("factors", "roots", "updates", "ready", "rooted", "solved", "failures", "rooted_at")),
+        *((f"pending.{key}", None) for key in ("begun_at", "due_at", "snapshots", "corrections")),
+        ("factors", [torch.zeros(3), torch.zeros(9)]),
+        ("roots", [torch.zeros(4, 4), torch.zeros(4, 4)]),
+        ("roots", [torch.zeros(4, 4)]),
+        ("updates", -1),
+        ("solved", [True]),
+        ("rooted_traces", [1.0, 2.0, 3.0]),
+        ("rooted", [torch.zeros(2, 2), torch.zeros(3, 3)]),
+        ("pending.snapshots", [torch.zeros(16)]),
+        ("pending.snapshots", [torch.zeros(16), torch.zeros(4)]),
+        ("pending.corrections", [1.0, 0.0]),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(key: str, odd: object) -> None:
+    stack, keeper, _ = make(delay=2, overlap=True)
+    chosen = settings(root_interval=2)
+    for step in range(1, 6):
+        stack.update(grads(step), [0], BETA)
+        keeper.advance([step], chosen)
+    before = copy.deepcopy({**stack.block_state(0), **keeper.block_state(0)})
+    state = damaged(before, key, odd)
+    with pytest.raises(ValueError, match=r"block w\[0\]"):  # noqa: PT012 - which of the two halves refuses it
+        stack.load_block_state(0, state)
+        keeper.load_block_state(0, state, chosen)
+    after = {**stack.block_state(0), **keeper.block_state(0)}
+    assert str(after) == str(before)
+    keeper.advance([6], chosen)
+
+
+def test_states_of_earlier_releases_are_taken_up() -> None:
+    stack, keeper, _ = make(delay=2)
+    chosen = settings(root_interval=2)
+    for step in range(1, 6):
+        stack.update(grads(step), [0], BETA)
+        keeper.advance([step], chosen)
+    saved = {**stack.block_state(0), **keeper.block_state(0)}
+    old = {k: v for k, v in saved.items() if k not in ("rooted_traces", "rooted_updates")}
+    old["pending"] = {k: v for k, v in saved["pending"].items() if k != "updates"}
+    other, other_keeper, counts = make(delay=2)
+    other.load_block_state(0, old)
+    other_keeper.load_block_state(0, old, chosen)
+    for step in range(6, 10):
+        for each, keeping in ((stack, keeper), (other, other_keeper)):
+            each.update(grads(step), [0], BETA)
+            keeping.advance([step], chosen)
+    assert all(map(torch.equal, stack.roots, other.roots))
+    assert counts.skipped == 0
+
+
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+def test_the_jobs_default_dtype_and_device_are_nothing_to_roots(method: str) -> None:
+    (stack, keeper, _), (other, other_keeper, _) = make(), make()
+    chosen = settings(root_method=method)
+    gradient = grads(0)
+    gradient[:, 2] = 0.0  # a row without gradients is left out, and put back in
+    stack.update(gradient, [0], BETA)
+    keeper.advance([1], chosen)
+    for factor, own in zip(other.factors, stack.factors, strict=True):
+        factor.copy_(own)
+    other.updates = [1]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            other_keeper.advance([1], chosen)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert stack.ready == other.ready == [True]
+    assert all(map(torch.equal, stack.roots, other.roots))

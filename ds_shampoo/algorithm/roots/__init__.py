@@ -1,5 +1,14 @@
 """Inverse p-th roots of symmetric positive semi-definite matrices, in fp64 on the host."""
 
 from ds_shampoo.algorithm.roots.chain import METHODS, InverseRoot, Outcome, inverse_root
+from ds_shampoo.algorithm.roots.pieces import StoppedError, ask_between_pieces, between_pieces
 
-__all__ = ["METHODS", "InverseRoot", "Outcome", "inverse_root"]
+__all__ = [
+    "METHODS",
+    "InverseRoot",
+    "Outcome",
+    "StoppedError",
+    "ask_between_pieces",
+    "between_pieces",
+    "inverse_root",
+]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.roots import diagonal, eigh, newton
+from ds_shampoo.algorithm.roots.pieces import between_pieces
 from ds_shampoo.algorithm.roots.solution import Method, NoRootError, Solution
 
 METHODS: Mapping[str, Method] = {"eigh": eigh.solve, "newton": newton.solve}
@@ -73,8 +74,10 @@ def inverse_root(matrix: Tensor, p: int, epsilon: float, method: str = "eigh") -
     compact = b if bool(used.all()) else b[used][:, used]
     reason = ""
     for rung, (name, solve, eps) in enumerate(_chain(method, epsilon)):
+        between_pieces()
         try:
             solution = solve(compact, p, eps)
+            between_pieces()
             if solve is not diagonal.solve:
                 _probe(compact, p, solution)
         except NoRootError as rejection:
@@ -104,9 +107,9 @@ def _probe(matrix: Tensor, p: int, solution: Solution) -> None:
     Raises:
         NoRootError: if the root is not finite or the relative error exceeds 1e-6.
     """
-    generator = torch.Generator().manual_seed(matrix.shape[0])
+    generator = torch.Generator(device="cpu").manual_seed(matrix.shape[0])
     # As rows, which a product with a symmetric matrix takes twice as fast as columns.
-    vectors = torch.randn(_PROBES, matrix.shape[0], dtype=matrix.dtype, generator=generator)
+    vectors = torch.randn(_PROBES, matrix.shape[0], dtype=matrix.dtype, device="cpu", generator=generator)
     image = torch.addmm(vectors, vectors, matrix, beta=solution.ridge)
     for _ in range(p):
         image = image @ solution.root
@@ -119,7 +122,7 @@ def _expand(solution: Solution, used: Tensor, p: int) -> Tensor:
     """Puts the rows that were left out back in: there A is zero, and the root is that of the ridge."""
     if bool(used.all()):
         return solution.root
-    full = torch.diag(torch.full(used.shape, solution.ridge ** (-1.0 / p), dtype=solution.root.dtype))
+    full = torch.diag(solution.root.new_full(used.shape, solution.ridge ** (-1.0 / p)))
     kept = used.nonzero().squeeze(1)
     full[kept[:, None], kept[None, :]] = solution.root
     return full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_shampoo.algorithm.roots.pieces import between_pieces
 from ds_shampoo.algorithm.roots.solution import NoRootError, Solution, checked_ridge
 
 # From this order on, what copying a quarter saves is worth the calls.
@@ -22,10 +23,12 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
     Raises:
         NoRootError: where LAPACK fails or the matrix is not positive semi-definite up to the ridge.
     """
+    between_pieces()
     try:
         eigenvalues, vectors = torch.linalg.eigh(matrix)
     except RuntimeError as error:  # torch.linalg.LinAlgError among them
         raise NoRootError(f"eigh failed: {error}") from error
+    between_pieces()
     ridge = checked_ridge(float(eigenvalues[0]), float(eigenvalues[-1]), epsilon)
     vectors *= (eigenvalues + ridge).pow(-0.5 / p)
     return Solution(_gram(vectors), ridge)
@@ -38,6 +41,7 @@ def _gram(rows: Tensor) -> Tensor:
         return rows @ rows.mT
     half, gram = order // 2, torch.empty_like(rows, memory_format=torch.contiguous_format)
     torch.mm(rows, rows[:half].mT, out=gram[:, :half])
+    between_pieces()
     torch.mm(rows[half:], rows[half:].mT, out=gram[half:, half:])
     gram[:half, half:] = gram[half:, :half].mT
     return gram

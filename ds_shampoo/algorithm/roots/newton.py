@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_shampoo.algorithm.roots.pieces import between_pieces
 from ds_shampoo.algorithm.roots.solution import NoRootError, Solution, checked_ridge
 
 _MAX_ITERATIONS = 200
@@ -26,14 +27,16 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
     Raises:
         NoRootError: where the matrix is not positive semi-definite or the iteration diverges.
     """
+    between_pieces()
     smallest, largest = _spectrum_ends(matrix)
     ridge = checked_ridge(smallest, largest, epsilon)
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     scale = (1 + p) / (2 * (largest + ridge))
     coupled = (matrix + ridge * identity) * scale
     root = identity * scale ** (1 / p)
     best_root, best_error = root, float("inf")
     for _ in range(_MAX_ITERATIONS):
+        between_pieces()
         error = float((coupled - identity).abs().max())
         if error < best_error:
             best_root, best_error = root, error
@@ -41,6 +44,7 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
             break
         factor = ((p + 1) * identity - coupled) / p
         root = root @ factor
+        between_pieces()
         coupled = torch.linalg.matrix_power(factor, p) @ coupled
         coupled = 0.5 * (coupled + coupled.mT)
     if not best_error < 1:
@@ -54,7 +58,7 @@ def _spectrum_ends(matrix: Tensor) -> tuple[float, float]:
         eigenvalues = torch.linalg.eigvalsh(matrix)
         return float(eigenvalues[0]), float(eigenvalues[-1])
     except RuntimeError:  # torch.linalg.LinAlgError among them
-        vector = torch.ones(matrix.shape[0], 1, dtype=matrix.dtype)
+        vector = torch.ones(matrix.shape[0], 1, dtype=matrix.dtype, device=matrix.device)
         for _ in range(_POWER_ITERATIONS):
             image = matrix @ vector
             vector = image / image.norm().clamp(min=torch.finfo(image.dtype).tiny)
