@@ -140,7 +140,9 @@ def test_a_full_state_goes_round() -> None:
     optimizer, resumed = (Shampoo(m.parameters(), **SETTINGS) for m in (model, other))
     train(model, optimizer, range(8))
     other.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(other, resumed, get_optimizer_state_dict(model, optimizer, options=options), options=options)
+    set_optimizer_state_dict(
+        other, resumed, get_optimizer_state_dict(model, optimizer, options=options), options=options
+    )
     train(model, optimizer, range(8, 14))
     train(other, resumed, range(8, 14))
     assert torch.equal(weights(model), weights(other))

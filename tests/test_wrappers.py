@@ -212,8 +212,8 @@ def test_mostly_flat() -> None:
     big = nn.Parameter(torch.zeros(2**19))
     ((level, line),) = logged([("big", big), ("weight", nn.Parameter(torch.ones(4, 4)))])
     assert level == logging.WARNING
-    assert line.startswith("524,288 of 524,304 trained elements lie in parameters of one dimension ('param_0' has")
-    assert not logged([nn.Parameter(torch.ones(400)), nn.Parameter(torch.ones(4, 4))])
+    assert line.startswith("524,288 of 524,304 trained elements lie in parameters of one dimension ('big' has")
+    assert not logged([("bias", nn.Parameter(torch.ones(400))), ("weight", nn.Parameter(torch.ones(4, 4)))])
 
 
 def test_a_wish_is_no_warning() -> None:
