@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ds_shampoo import accelerators, patterns, resuming, wrappers
-from ds_shampoo.algorithm import multi_tensor, products, selection
+from ds_shampoo import resuming, wrappers
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
+from ds_shampoo.announcement import Announcement
 from ds_shampoo.config import (
     Dtype,
     Grafting,
@@ -21,18 +21,17 @@ from ds_shampoo.config import (
     SettingsError,
     ShampooConfig,
     check_delay,
-    checked_settings,
     parse,
     parse_group,
-    present_settings,
 )
 from ds_shampoo.elementwise import new_state
 from ds_shampoo.group import ShardedGroup
+from ds_shampoo.group_records import GroupRecords
 from ds_shampoo.metrics import collect
-from ds_shampoo.nested import BLOCKS
-from ds_shampoo.report import concerns, render
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, WholeLayout
-from ds_shampoo.state import ShownBlocks, in_full
+from ds_shampoo.parameters import Parameters
+from ds_shampoo.rounds import Rounds
+from ds_shampoo.sharding.partition import Layout, WholeLayout
+from ds_shampoo.state import ShownBlocks, with_blocks
 from ds_shampoo.transaction import Transaction
 from ds_shampoo.units import Piece, Unit, Units
 
@@ -140,26 +139,20 @@ class Shampoo(Optimizer):
         config = parse({**settings, **unknown})
         self._config = config
         self.layout = layout if layout is not None else WholeLayout()
-        self._names = selection.names(model) if model is not None else {}
-        self._kinds = selection.kinds(model) if model is not None else {}
-        self._aliases = selection.aliases(model) if model is not None else {}
-        self._units = Units(config, self.layout, self._names)
+        self._parameters = Parameters(model, self.layout, config)
+        self._units = Units(config, self.layout, self._parameters.order)
+        self._records = GroupRecords(config, self._units)
+        self._announcement = Announcement(self._units, by_name_only=not self._parameters.have_names)
         self._transaction = Transaction()
         self._shown = ShownBlocks()
-        # By param group: everything but its parameters as it was when the group was made.
-        self._constructed: list[dict[str, Any]] = []
-        self._checked: dict[int, tuple[dict[str, Any], GroupSettings]] = {}
-        self._stepped: set[ShardedGroup] = set()
-        self._in_table = 0
-        self._said: set[str] = set()
-        self._warned = False
+        self._rounds = Rounds(self._units)
         # Whether the state that was loaded last was saved by Shampoo.
         self.took_up_shampoo = False
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
         if layout is None:
             wrappers.warn_of_repeated_work(model)
-        patterns.check(config, patterns.named(model, self._units.logical, self.layout), self.layout.over_ranks)
+        self._parameters.check_patterns(self._units.logical)
         first = next((parameter for group in self._units.logical for parameter in group), None)
         device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
         self._units.place()
@@ -178,7 +171,8 @@ class Shampoo(Optimizer):
         check_delay(settings, self._config.root_delay)
         params = param_group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
-        logical = [self._logical_parameter(member, param_group, number) for number, member in enumerate(members)]
+        before, excluded = sum(map(len, self._units.logical)), not param_group.get("preconditioned", True)
+        logical = [self._parameters.logical(member, excluded, before + n) for n, member in enumerate(members)]
         taken = {parameter.name for group in self._units.logical for parameter in group}
         for parameter in logical:
             if parameter.name in taken:
@@ -186,7 +180,7 @@ class Shampoo(Optimizer):
             taken.add(parameter.name)
         own = {**param_group, **settings.model_dump(), "group_index": len(self._units.logical)}
         super().add_param_group({**own, "params": [parameter.tensor for parameter in logical]})
-        self._constructed.append({key: value for key, value in own.items() if key != "params"})
+        self._records.add(own)
         self._units.add(logical, settings)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads and schedules, which it would trace anew each step
@@ -209,20 +203,20 @@ class Shampoo(Optimizer):
         if not self.layout.in_training():
             return
         self._transaction.check()
-        ahead = bool(self._stepped) and not self.between_steps
-        pieces = self._prepared(ahead)
+        goes_on = self._rounds.under_way
+        pieces = self._prepared(goes_on)
         with self._transaction.running():
             for number, piece in enumerate(pieces):
-                if piece.sharded in self._stepped or not (number or ahead):
-                    self._begin_round(ahead)
-                piece.unit.sharded.step(piece.held, piece.states, piece.settings, self._transaction.begin)
-                self._end_unit(piece)
+                self._rounds.begin(piece.sharded, first=number == 0 and not goes_on)
+                piece.sharded.step(piece.held, piece.states, piece.settings, self._transaction.begin)
+                self._shown.note(piece)
+                self._rounds.end(piece.sharded)
             self._transaction.end()
 
     @property
     def between_steps(self) -> bool:
         """Whether everything has taken the step; ZeRO calls `step` once for each param group, or for parts of it."""
-        return len(self._stepped) == self._units.expected()
+        return self._rounds.complete
 
     def prepare(self) -> None:
         """Builds blocks, owners and state of all groups now rather than at the first step.
@@ -230,15 +224,15 @@ class Shampoo(Optimizer):
         To be called while all groups are in place; it is what `describe` and `load_state_dict` do first.
         """
         for group, held in self._units.held(self.param_groups):
-            settings = self._settings_of(group)
+            settings = self._records.settings(group)
             for unit in self._units.of(group["group_index"], held, settings):
                 self._states_of(unit, unit.of(held), settings)
-        self._log_table()
+        self._announcement.make(self.param_groups)
 
     def describe(self) -> str:
         """A table of what is preconditioned, by which blocks, on which ranks, with bytes; and what is not, and why."""
         self.prepare()
-        return self._table()
+        return self._announcement.text(self.param_groups)
 
     def metrics(self, sync: bool = False) -> dict[str, float]:
         """What happened so far, on this rank; numbers only.
@@ -359,7 +353,8 @@ class Shampoo(Optimizer):
 
     def scheduled(self) -> list[dict[str, Any]]:
         """By param group, what a checkpoint brings back: its learning rate, and what was changed since it was made."""
-        return [resuming.scheduled(group, self._constructed[group["group_index"]]) for group in self.param_groups]
+        made = self._records.made(self.param_groups)
+        return [resuming.scheduled(group, own) for group, own in zip(self.param_groups, made, strict=True)]
 
     def sliced_parameters(self) -> set[str]:
         """The names of those of which tensor-parallel ranks hold a slice each."""
@@ -375,74 +370,36 @@ class Shampoo(Optimizer):
 
     def _pieces(self, group: Mapping[str, Any], held: Sequence[Tensor]) -> Iterator[Piece]:
         """A group's units, or those of the part of it that `held` stands for; what is missing is built."""
-        settings = self._settings_of(group)
+        settings = self._records.settings(group)
         for unit in self._units.of(group["group_index"], held, settings):
             own = unit.of(held)
             yield Piece(unit, settings, own, self._states_of(unit, own, settings))
 
-    def _prepared(self, ahead: bool) -> list[Piece]:
+    def _prepared(self, goes_on: bool) -> list[Piece]:
         """What this call of `step` steps, after all waiting.
 
         Where a framework calls once for each param group, the first call waits for all of them: one that failed in
         the middle would leave some of them a step ahead.
 
         Args:
-            ahead: whether other param groups have taken this step already.
+            goes_on: whether other param groups have taken this step already.
         """
         try:
-            if self.layout.keeps_blocks_apart and not ahead:
+            if self.layout.keeps_blocks_apart and not goes_on:
                 for unit in self._units.all:
-                    if unit.index in self._checked:
-                        unit.sharded.wait_for_roots(self._checked[unit.index][1])
+                    settings = self._records.last(unit.index)
+                    if settings is not None:
+                        unit.sharded.wait_for_roots(settings)
             taking_part = [group for group in self.param_groups if self._units.takes_part(group)]
             pieces = [piece for group in taking_part for piece in self._pieces(group, group["params"])]
-            self._log_table()
+            self._announcement.make(self.param_groups)
             for piece in pieces:
-                piece.unit.sharded.prepare(piece.held, piece.states, piece.settings)
+                piece.sharded.prepare(piece.held, piece.states, piece.settings)
         except BaseException as error:
-            if ahead:
+            if goes_on:
                 self._transaction.fail(error)
             raise
         return pieces
-
-    def _begin_round(self, ahead: bool) -> None:
-        if ahead and not self._warned:
-            self._warned = True
-            logger.warning(
-                "a step began before all param groups had taken the last one (%d of %d parts had): if it was "
-                "interrupted, load a checkpoint",
-                len(self._stepped), self._units.expected(),
-            )  # fmt: skip
-        self._stepped.clear()
-        for workplace in self._units.workplaces:
-            workplace.service.begin_step()
-
-    def _end_unit(self, piece: Piece) -> None:
-        self._stepped.add(piece.unit.sharded)
-        for param, state in zip(piece.held, piece.states, strict=True):
-            if piece.unit.names:
-                self._shown.note(param, state)
-        if self.between_steps:
-            for workplace in self._units.workplaces:
-                workplace.stopwatch.end_step()
-
-    def _settings_of(self, group: Mapping[str, Any]) -> GroupSettings:
-        """A group's present settings, looked at anew whenever somebody changed them.
-
-        Raises:
-            SettingsError: for a value that is refused, or one that decides what blocks there are.
-        """
-        index, present = group["group_index"], present_settings(group)
-        known = self._checked.get(index)
-        if known is None or known[0] != present:
-            settings = checked_settings(present)
-            check_delay(settings, self._config.root_delay)
-            for unit in self._units.all:
-                if unit.index == index:
-                    resuming.check_structure(unit.sharded.settings, settings)
-            self._checked[index] = known = present, settings
-        resuming.check_preconditioned(group, self._constructed[index])
-        return known[1]
 
     def _states_of(self, unit: Unit, held: Sequence[Tensor], settings: GroupSettings) -> list[dict[str, Any]]:
         """The elementwise state of a unit's tensors, made where it is missing; without it blocks begin anew."""
@@ -459,19 +416,13 @@ class Shampoo(Optimizer):
     def _completed(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state with what torch does not know of, before others' hooks see it."""
         if self.layout.keeps_blocks_apart:
+            made = self._records.made(self.param_groups)
             groups = [
-                {**saved, resuming.CHANGED: sorted(resuming.changed(group, self._constructed[group["group_index"]]))}
-                for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+                {**saved, resuming.CHANGED: sorted(resuming.changed(group, own))}
+                for saved, group, own in zip(state_dict["param_groups"], self.param_groups, made, strict=True)
             ]
             return {**state_dict, "param_groups": groups, "blocks": {}}
-        numbers = {param: n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
-        state = dict(state_dict["state"])
-        for piece in self.units():
-            for name, param in zip(piece.unit.names, piece.held, strict=True):
-                if piece.unit.sharded.slots_of(name):
-                    blocks = in_full(piece.unit.sharded, name, piece.settings, param.device)
-                    state[numbers[param]] = {**state[numbers[param]], BLOCKS: blocks}
-        return {**state_dict, "state": state}
+        return with_blocks(state_dict, self.param_groups, self._all_pieces())
 
     def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state as it is to be loaded, held against this optimizer.
@@ -480,69 +431,25 @@ class Shampoo(Optimizer):
             SettingsError: if it does not fit.
         """
         resuming.check_groups(state_dict, self.param_groups)
-        if self.layout.keeps_blocks_apart:
-            self.took_up_shampoo = "blocks" in state_dict
-            constructed = [self._constructed[group["group_index"]] for group in self.param_groups]
-            groups = resuming.with_present_settings(state_dict, self.param_groups, constructed)
-        else:
-            resuming.check_fits(state_dict, self.param_groups)
-            groups = resuming.with_all_settings(state_dict, self.param_groups)
-            resuming.check_blocks(state_dict, groups, self._units.logical)
-        return {**state_dict, "param_groups": groups}
+        if not self.layout.keeps_blocks_apart:
+            return resuming.adapted(state_dict, self.param_groups, self._units.logical)
+        self.took_up_shampoo = "blocks" in state_dict
+        made = self._records.made(self.param_groups)
+        return {**state_dict, "param_groups": resuming.with_present_settings(state_dict, self.param_groups, made)}
 
     def _restore(self, loaded: Mapping[str, Any]) -> None:
         """What torch's loading leaves to do, before others' hooks see the result."""
         resuming.restore_exactly(self.state, loaded, self.param_groups)
-        self._checked.clear()
+        self._records.forget()
         if not self.layout.keeps_blocks_apart:
-            self._stepped.clear()
+            self._rounds.forget()
             self._shown.clear()
             self._units.forget(resuming.parameters_with_blocks(loaded, self._units.logical))
         for piece in self._all_pieces():
-            piece.unit.sharded.last_step = max((int(s["step"]) for s in piece.states if "step" in s), default=0)
-
-    def _table(self) -> str:
-        devices = {group.device for group in self._units.groups}
-        devices |= {param.device for _, held in self._units.held(self.param_groups) for param in held}
-        tables = render([group.table for group in self._units.groups])
-        services = "\n".join(workplace.service.describe() for workplace in self._units.workplaces)
-        first = next(iter(self._units.workplaces)).service.device
-        return "\n".join([f"{tables}{services}", products.describe(first), multi_tensor.describe(devices)])
-
-    def _log_table(self) -> None:
-        """Logs the table of all groups once it is whole, on the first rank of those that share it."""
-        groups = self._units.groups
-        if len(groups) < self._units.expected() or len(groups) == self._in_table:
-            return
-        self._in_table = len(groups)
-        if all(group.table.partition.rank == 0 for group in groups):
-            logger.info("\n%s", self._table())
-            wrappers.say_what_is_left_out([group.table for group in groups], self.places, self._said)
-            for concern in concerns([group.table for group in groups], by_name_only=not self._aliases):
-                logger.warning(concern)
-            for workplace in self._units.workplaces:
-                workplace.service.warn_of_crowding()
+            piece.sharded.last_step = max((int(s["step"]) for s in piece.states if "step" in s), default=0)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if not state and not self.layout.absent(param):
             state.update(new_state(param))
         return state
-
-    def _logical_parameter(self, member: Any, group: Mapping[str, Any], number: int) -> LogicalParameter:
-        name, tensor = member if isinstance(member, tuple) else (None, member)
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"Shampoo takes tensors or (name, tensor) pairs, not {type(tensor).__name__}")
-        position = f"param_{sum(len(logical) for logical in self._units.logical) + number}"
-        own_name = name or self._names.get(id(tensor), position)
-        unfit = wrappers.check_parameter(own_name, tensor)
-        accelerators.check_parameter(own_name, tensor)
-        name = self.layout.name(own_name, tensor)
-        shape, excluded = selection.full_shape(tensor), not group.get("preconditioned", True)
-        found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor)
-        known_as = patterns.Named((*self._aliases.get(id(tensor), ()), own_name, name), shape)
-        kind = patterns.overruled(self._config, known_as, found)
-        sections, dim = self.layout.sections(own_name, tensor), kind.vocabulary_dim
-        return LogicalParameter(
-            name, tensor, shape, kind.role, excluded, sections, unfit, vocabulary_dim=dim, batch=kind.batch
-        )

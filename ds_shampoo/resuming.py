@@ -53,12 +53,23 @@ def with_present_settings(
     ]
 
 
-def with_all_settings(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A checkpoint's param groups; a setting that the release which made it did not have is the present one."""
-    return [
+def adapted(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    logical: Sequence[Sequence[LogicalParameter]],
+) -> dict[str, Any]:
+    """A state with all of the checkpoint's settings; one that its release did not have is the present one.
+
+    Raises:
+        SettingsError: if it is not Shampoo's, its blocks were cut with other settings, or one does not fit.
+    """
+    check_fits(state_dict, groups)
+    whole = [
         {**{key: present[key] for key in GroupSettings.model_fields}, **saved}
         for saved, present in zip(state_dict["param_groups"], groups, strict=True)
     ]
+    check_blocks(state_dict, whole, logical)
+    return {**state_dict, "param_groups": whole}
 
 
 def check_groups(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:

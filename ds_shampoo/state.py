@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from ds_shampoo.config import GroupSettings, SettingsError
 from ds_shampoo.elementwise import MOMENTS
 from ds_shampoo.group import ShardedGroup
 from ds_shampoo.nested import BLOCKS, check, from_nested, to_nested
+from ds_shampoo.units import Piece
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -64,9 +65,11 @@ class ShownBlocks:
             state[BLOCKS] = _views(sharded, name)
             self._shown[param] = _Shown(sharded, state[BLOCKS])
 
-    def note(self, param: Tensor, state: Mapping[str, Any]) -> None:
-        """Remembers a parameter's moments as a step left them."""
-        self._marks[param] = [(state[key], state[key]._version) for key in MOMENTS]
+    def note(self, piece: Piece) -> None:
+        """Remembers the moments as a step left them, of parameters that stand for themselves."""
+        if piece.unit.names:
+            for param, state in zip(piece.held, piece.states, strict=True):
+                self._marks[param] = [(state[key], state[key]._version) for key in MOMENTS]
 
     def _rewritten(self, param: Tensor, state: Mapping[str, Any]) -> bool:
         """Whether somebody has written to the moments since, or put others in their place."""
@@ -101,6 +104,24 @@ def take_up(sharded: ShardedGroup, found: Mapping[str, Mapping[str, Any]], setti
         state = from_nested(found[block.parameter][str(block.index)])
         stack.load_block_state(slot, state)
         keeper.load_block_state(slot, state, settings)
+
+
+def with_blocks(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], pieces: Sequence[Piece]
+) -> dict[str, Any]:
+    """A state as torch makes it, with the blocks of every parameter in its entry in full.
+
+    Args:
+        groups: the param groups, in whose order torch numbers parameters.
+    """
+    numbers = {param: number for number, param in enumerate(p for group in groups for p in group["params"])}
+    state = dict(state_dict["state"])
+    for piece in pieces:
+        for name, param in zip(piece.unit.names, piece.held, strict=True):
+            if piece.sharded.slots_of(name):
+                blocks = in_full(piece.sharded, name, piece.settings, param.device)
+                state[numbers[param]] = {**state[numbers[param]], BLOCKS: blocks}
+    return {**state_dict, "state": state}
 
 
 def in_full(sharded: ShardedGroup, name: str, settings: GroupSettings, device: torch.device) -> dict[str, Any]:

@@ -54,5 +54,5 @@ def test_without_a_model_what_may_be_a_vocabulary_is_named(caplog: pytest.LogCap
 
 def test_without_names_nothing_can_be_told(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings(caplog, Model(100).parameters()).count("neither a model nor names") == 1
-    assert warnings(caplog, [nn.Parameter(torch.zeros(7))]) == ""
+    assert "names" not in warnings(caplog, [nn.Parameter(torch.zeros(7))])
     assert warnings(caplog, [{"params": list(Model(100).parameters()), "preconditioned": False}]) == ""
