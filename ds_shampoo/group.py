@@ -150,11 +150,13 @@ class ShardedGroup:
 
     def take_over(self, other: ShardedGroup, settings: GroupSettings) -> None:
         """Goes on with the blocks of a group of the same table on another device."""
-        self.counts, self.last_step = other.counts, other.last_step
+        vars(self.counts).update(vars(other.counts))
+        self.last_step = other.last_step
         if other.device.type != "meta":
             for (_, stack, keeper, slot), (_, old, olds_keeper, _) in zip(self.slots(), other.slots(), strict=True):
                 stack.load_block_state(slot, old.block_state(slot))
                 keeper.load_block_state(slot, olds_keeper.block_state(slot), settings)
+        other.let_go()
 
     def let_go(self) -> None:
         """Gives back what jobs under way hold; the blocks are of no more use."""
