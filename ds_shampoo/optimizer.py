@@ -351,9 +351,13 @@ class Shampoo(Optimizer):
         """For whoever has loaded all of the state, by other ways than `load_state_dict` too."""
         self._transaction.mend()
 
+    def made(self) -> list[dict[str, Any]]:
+        """By param group, everything but its parameters as it was when the group was made."""
+        return self._records.made(self.param_groups)
+
     def scheduled(self) -> list[dict[str, Any]]:
         """By param group, what a checkpoint brings back: its learning rate, and what was changed since it was made."""
-        made = self._records.made(self.param_groups)
+        made = self.made()
         return [resuming.scheduled(group, own) for group, own in zip(self.param_groups, made, strict=True)]
 
     def sliced_parameters(self) -> set[str]:
@@ -416,7 +420,7 @@ class Shampoo(Optimizer):
     def _completed(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state with what torch does not know of, before others' hooks see it."""
         if self.layout.keeps_blocks_apart:
-            made = self._records.made(self.param_groups)
+            made = self.made()
             groups = [
                 {**saved, resuming.CHANGED: sorted(resuming.changed(group, own))}
                 for saved, group, own in zip(state_dict["param_groups"], self.param_groups, made, strict=True)
@@ -434,8 +438,8 @@ class Shampoo(Optimizer):
         if not self.layout.keeps_blocks_apart:
             return resuming.adapted(state_dict, self.param_groups, self._units.logical)
         self.took_up_shampoo = "blocks" in state_dict
-        made = self._records.made(self.param_groups)
-        return {**state_dict, "param_groups": resuming.with_present_settings(state_dict, self.param_groups, made)}
+        groups = resuming.with_present_settings(state_dict, self.param_groups, self.made())
+        return {**state_dict, "param_groups": groups}
 
     def _restore(self, loaded: Mapping[str, Any]) -> None:
         """What torch's loading leaves to do, before others' hooks see the result."""

@@ -14,6 +14,7 @@ from ds_shampoo.checkpoint.commit import finish
 from ds_shampoo.checkpoint.files import FOLDER, BlockReader
 from ds_shampoo.checkpoint.index import CheckpointError
 from ds_shampoo.checkpoint.latest import LATEST, UNIVERSAL, named_by, pointer
+from ds_shampoo.config import GroupSettings
 from ds_shampoo.deepspeed.experts import ExpertWeights
 from ds_shampoo.deepspeed.provenance import check_world, saved_by_shampoo, slice_rank, without_blocks
 from ds_shampoo.deepspeed.together import together
@@ -175,8 +176,9 @@ def _keep_settings(optimizer: Shampoo, before: Sequence[Mapping[str, Any]], read
 
     What was changed since the groups were made, the learning rates above all, is the checkpoint's, as without it.
     """
-    scheduled = reader.header.scheduled if reader is not None else []
+    scheduled, made = reader.header.scheduled if reader is not None else [], optimizer.made()
     for number, (group, former) in enumerate(zip(optimizer.param_groups, before, strict=True)):
         group.update({key: value for key, value in former.items() if key != "params"})
         if len(scheduled) == len(before):
+            group.update({key: made[number][key] for key in GroupSettings.model_fields})
             group.update({key: tuple(v) if isinstance(v, list) else v for key, v in scheduled[number].items()})
