@@ -271,7 +271,8 @@ class RootKeeper:
         if self._counts.restarted in WARN_AT:
             logger.warning(
                 "block %s: the statistics were not finite (a gradient above 1e19, or one that is not finite) and "
-                "begin afresh; number %d of this rank's blocks",
+                "begin afresh; number %d of this rank's blocks; exp_avg remembers such a gradient for some hundred "
+                "steps and bends the direction meanwhile: clip gradients",
                 self._stack.blocks[slot], self._counts.restarted,
             )  # fmt: skip
 
