@@ -3,8 +3,9 @@
 from ds_shampoo.config import SettingsError, ShampooConfig
 from ds_shampoo.deepspeed import initialize, register
 from ds_shampoo.optimizer import Shampoo
+from ds_shampoo.transaction import BrokenStepError
 
 __version__ = "0.1.0"
-__all__ = ["SettingsError", "Shampoo", "ShampooConfig", "initialize", "register"]
+__all__ = ["BrokenStepError", "SettingsError", "Shampoo", "ShampooConfig", "initialize", "register"]
 
 register()
