@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
-from ds_shampoo.algorithm.triangle import packed_numel
+from ds_shampoo.checkpoint.block import misfit
 from ds_shampoo.config import SettingsError
 
-# What every release has saved of a block.
-_NEEDED = ("factors", "roots", "updates", "ready", "solved", "failures", "setbacks", "rooted_at")
 # Under this key a parameter's entry in `Optimizer.state` has its blocks, by number.
 BLOCKS = "blocks"
 
@@ -67,22 +65,11 @@ def check(block: Block, nested: Mapping[str, Any]) -> None:
     """
     try:
         state = from_nested(nested)
-        missing = [key for key in _NEEDED if key not in state]
-        shapes = {key: [tuple(tensor.shape) for tensor in state[key]] for key in ("factors", "roots")}
     except (KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"the state of block {block} can't be read: {type(error).__name__}: {error}") from error
-    if missing:
-        raise SettingsError(f"the state of block {block} is incomplete: it has no '{missing[0]}'")
-    own = {
-        "factors": [(packed_numel(dim),) for dim in block.factor_dims],
-        "roots": [(dim, dim) for dim in block.factor_dims],
-    }
-    for key, expected in own.items():
-        if shapes[key] != expected:
-            raise SettingsError(
-                f"the {key} of block {block} have the shapes {shapes[key]} in the checkpoint, but {expected} here: "
-                "another model or release"
-            )
+    reason = misfit({**state, "origin": list(block.origin), "shape": list(block.shape)}, block)
+    if reason:
+        raise SettingsError(f"the state of block {block} does not fit: {reason}; another model or release?")
 
 
 def _dicts(value: Any, device: torch.device) -> Any:

@@ -266,8 +266,8 @@ def of_other_shapes(state: dict[str, Any]) -> None:
         (lambda s: s.pop("param_groups"), "no 'state' and 'param_groups'"),
         (lambda s: s["state"][0].pop("blocks"), r"lacks the factors of 4 of this rank's 10 blocks, param_0\[0\] first"),
         (lambda s: s["param_groups"][0].pop("block_size"), "not a state of Shampoo"),
-        (without_a_number, "incomplete: it has no 'updates'"),
-        (of_other_shapes, r"the factors of block param_0\[0\] have the shapes"),
+        (without_a_number, r"block param_0\[0\] does not fit: its updates: Field required"),
+        (of_other_shapes, r"block param_0\[0\] does not fit: its factors have the shapes"),
     ],
 )
 def test_states_that_do_not_fit(change: Callable[[dict[str, Any]], Any], message: str) -> None:

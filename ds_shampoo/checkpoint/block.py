@@ -24,6 +24,7 @@ class _Pending(_State):
     due_at: Count
     snapshots: list[Tensor]
     corrections: list[FiniteFloat]
+    updates: Count
 
 
 class _BlockState(_State):
@@ -34,6 +35,8 @@ class _BlockState(_State):
     updates: Count
     ready: bool
     rooted: list[Tensor]
+    rooted_traces: list[FiniteFloat]
+    rooted_updates: list[Count]
     solved: list[bool]
     failures: Count
     setbacks: Count
@@ -58,7 +61,15 @@ def misfit(state: Mapping[str, Any], block: Block) -> str:
         _shapes("roots", found.roots, whole),
         # Before the first root there is nothing that one was made of.
         _shapes("rooted", found.rooted, whole) if len(found.rooted) >= len(packed) else "",
-        "" if len(found.solved) == len(packed) else f"its solved are {len(found.solved)}, not {len(packed)}",
+        *(
+            f"its {name} are {len(each)}, not {len(packed)}"
+            for name, each in (
+                ("solved", found.solved),
+                ("rooted_traces", found.rooted_traces),
+                ("rooted_updates", found.rooted_updates),
+            )
+            if len(each) != len(packed)
+        ),
     ]
     if found.pending is not None:
         problems.append(_shapes("pending.snapshots", found.pending.snapshots, packed))
