@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from ds_shampoo.host.tasks import Task
 
+from ds_shampoo.host.tasks import Task
 from ds_shampoo.host.transfer import Transfers
 from tests.devices.streams import Clock, join
 
