@@ -44,12 +44,12 @@ class Shampoo(Optimizer):
     """Distributed Shampoo (Anil et al., arXiv 2002.09018), with blocks and grafting, as docs/algorithm.md specifies it.
 
     Args:
-        params: parameters, (name, parameter) pairs, or param-group dicts. A group may set every key below for
-            itself, and `"preconditioned": False` to take the grafting step only.
+        params: parameters, (name, parameter) pairs, or param-group dicts. A group may set every key from `lr` to
+            `max_root_failures` for itself, and `"preconditioned": False` to take the grafting step only.
         lr: learning rate; with the default grafting it means what it means to Adam.
         betas: decay of the gradient's average and of the grafting method's second moment.
         eps: added to the root of the second moment.
-        weight_decay: decoupled (AdamW's) unless `decoupled_weight_decay` is False (L2).
+        weight_decay, decoupled_weight_decay: AdamW's decay; L2 where the latter is False.
         momentum: "before": the gradient's average is preconditioned; "after": the directions are averaged.
         nesterov: look one step ahead in that average.
         grafting: whose step length each block takes: none, sgd, adagrad, rmsprop, adam, or one of the last four
@@ -60,11 +60,12 @@ class Shampoo(Optimizer):
         block_size: dimensions are cut at multiples of this.
         max_preconditioner_dim: a larger dimension is left unpreconditioned; None for no limit.
         max_factor_ratio: a block's longest side is cut shorter where its factor would have more than so many times the
-            block's elements; None for no limit.
+            block's elements, as in skinny matrices; None for no limit.
         merge_small_dims: fold small adjacent dimensions of tensors with three or more.
         embedding: what embeddings and output heads get: "diagonal" (grafting only), "one_sided" or "blocked".
         matrix_epsilon: ridge of the inverse roots, relative to the largest eigenvalue.
-        inverse_exponent_override: the root's order p; None for twice the number of factors, for "spectral" four times.
+        inverse_exponent_override: the root's order p, up to 64; None for twice the number of factors, for "spectral"
+            four times.
         start_preconditioning_step: the first preconditioned step, counted from 1.
         statistics_beta: decay of the Kronecker factors; 1 sums them as AdaGrad does.
         statistics_interval, root_interval: steps between updates of factors and of roots.
