@@ -365,26 +365,26 @@ class ShardedGroup:
 def _target_squares(grafted: Tensor, numel: int, settings: GroupSettings) -> Tensor | None:
     """The squared norms that directions are brought to, given their grafting steps'; None to leave them as they are."""
     if settings.direction_rms is not None:
-        return torch.full_like(grafted, settings.direction_rms**2 * numel)
+        return torch.full_like(grafted, settings.direction_rms**2 * numel).add_(grafted - grafted)  # NaN stays
     return grafted if settings.grafting != "none" else None
 
 
 def _rescaled(directions: Tensor, squares: Tensor | None) -> Tensor:
     """Stacked directions [n, *shape], each brought to the norm whose square is given; zero is what has no direction.
 
-    That is a zero one, and one that overflowed: products of roots of a low order can, where gradients vanish.
+    That is a zero one, and one that overflowed: products of roots of a low order can, where gradients vanish. Where the
+    grafting step itself is not finite NaN is what comes out, as without blocks: zero would hide it for ever.
     """
     if squares is None:
         return directions
     norms = torch.linalg.vector_norm(directions.flatten(1), dim=1)
     pointing = (norms > 0) & norms.isfinite()
-    scale = torch.where(pointing, squares.sqrt() / norms, torch.zeros_like(norms))
+    scale = torch.where(pointing, squares.sqrt() / norms, squares - squares)
     each = -1, *(1,) * (directions.dim() - 1)
-    directions.mul_(scale.view(each))
     # Zero times infinity is no zero. A host that can know at once saves itself the pass over the data.
     if directions.device.type != "cpu" or not bool(pointing.all()):
         directions.masked_fill_(~pointing.view(each), 0.0)
-    return directions
+    return directions.mul_(scale.view(each))
 
 
 def _returned(staged: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> list[Tensor]:

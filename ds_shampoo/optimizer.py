@@ -154,7 +154,8 @@ class Shampoo(Optimizer):
         if layout is None:
             wrappers.warn_of_repeated_work(model)
         self._parameters.check_patterns(self._units.logical)
-        first = next((parameter for group in self._units.logical for parameter in group), None)
+        members = [parameter for group in self._units.logical for parameter in group]
+        first = max(members, key=lambda parameter: parameter.tensor.requires_grad, default=None)
         device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
         self._units.place()
         if device.type != "meta":
@@ -204,7 +205,7 @@ class Shampoo(Optimizer):
         if not self.layout.in_training():
             return
         self._transaction.check()
-        goes_on = self._rounds.under_way
+        goes_on = self.layout.keeps_blocks_apart and self._rounds.under_way  # elsewhere one call steps everything
         pieces = self._prepared(goes_on)
         with self._transaction.running():
             for number, piece in enumerate(pieces):

@@ -53,6 +53,8 @@ class ShownBlocks:
         if not sharded.slots_of(name):
             return
         shown, present = self._shown.get(param), state.get(BLOCKS)
+        if shown is not None and present is not shown.blocks and _is_copy(present, shown.blocks):
+            present = state[BLOCKS] = shown.blocks
         known = shown is not None and present is shown.blocks
         if present is not None and not known:
             take_up(sharded, {name: present}, settings)
@@ -141,6 +143,14 @@ def _views(sharded: ShardedGroup, name: str) -> dict[str, Any]:
         }
         for block, stack, _, slot in sharded.slots_of(name)
     }
+
+
+def _is_copy(found: Any, shown: Any) -> bool:
+    """Whether somebody has copied what was shown, as whoever moves a whole state does, and changed nothing."""
+    if isinstance(found, Mapping) and isinstance(shown, Mapping):
+        return found.keys() == shown.keys() and all(_is_copy(found[key], shown[key]) for key in shown)
+    both = isinstance(found, Tensor) and isinstance(shown, Tensor) and found.shape == shown.shape
+    return both and torch.equal(found.to(shown), shown)
 
 
 def _mend(state: dict[str, Any], param: Tensor) -> None:

@@ -115,9 +115,18 @@ class _Gate:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Calls the handlers of what has arrived, in that order, all of them though one raises."""
         while self._arrived:
-            number, frame = self._arrived.popitem()
-            self._handlers[number](number, frame)
+            number = next(iter(self._arrived))
+            frame = self._arrived.pop(number)
+            try:
+                self._handlers[number](number, frame)
+            except BaseException:
+                self._pass_on()
+                raise
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._holding:

@@ -40,6 +40,7 @@ class Unit:
         chosen: which of the tensors that stand in the group it steps; None for all of them.
         ids: of those that it was built for.
         names: of the parameters that these are; none where they stand for several each.
+        held: how many tensors stood in the group then.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Unit:
     chosen: tuple[int, ...] | None
     ids: tuple[int, ...]
     names: tuple[str, ...]
+    held: int
 
     def of(self, held: Sequence[Tensor]) -> list[Tensor]:
         """Its own of the tensors that stand in the group now.
@@ -57,7 +59,7 @@ class Unit:
         if self.chosen is None:
             return list(held)
         own = [held[i] for i in self.chosen if i < len(held)]
-        if tuple(map(id, own)) != self.ids:
+        if len(held) != self.held or tuple(map(id, own)) != self.ids:
             raise RuntimeError(
                 "the tensors of a param group were replaced after Shampoo had built their blocks; make a new optimizer "
                 "for them, or under DeepSpeed call ds_shampoo.initialize"
@@ -224,12 +226,12 @@ class Units:
         self.place()
         wanted = self._trained[index] if late is None else late
         whole = {id(p.tensor): p for p in self.logical[index]}
-        chosen: tuple[int, ...] | None = None
+        chosen, number = None, len(held)
         if held and all(id(tensor) in whole for tensor in held):
             chosen = tuple(i for i, tensor in enumerate(held) if whole[id(tensor)].name in wanted)
             held = [held[i] for i in chosen]
         members = [p for p in self.layout.members(self.logical[index], held) if late is None or p.name in late]
-        device = self._device(members)
+        device = self._device([p for p in members if p.name in wanted] or members)
         partition = self.layout.partition([p for p in members if p.name in wanted], held)
         before = self._carried(id(partition.process_group), partition.world_size)
         loads = list(before)
@@ -241,7 +243,7 @@ class Units:
         own = [after - load for after, load in zip(loads, before, strict=True)]
         self._loads[sharded] = id(partition.process_group), own
         names = () if chosen is None else tuple(whole[id(tensor)].name for tensor in held)
-        return Unit(index, sharded, chosen, tuple(map(id, held)), names)
+        return Unit(index, sharded, chosen, tuple(map(id, held)), names, number)
 
     def _sharded(self, table: BlockTable, settings: GroupSettings, device: torch.device) -> ShardedGroup:
         service, stopwatch = self.workplace(device)
@@ -273,11 +275,12 @@ class Units:
 
     def _in_place(self, unit: Unit, settings: GroupSettings) -> Unit:
         """The unit, its blocks moved to where the parameters are, should the model have been moved since."""
-        first = self.logical[unit.index][0].tensor
-        if self.layout.device(first) == unit.sharded.device:
-            return unit
         table = unit.sharded.table
-        device = self._device([p for p in self.logical[unit.index] if p.name in table.blocked])
+        trained = {fragment.parameter for fragment in table.partition.fragments}
+        own = [p for p in self.logical[unit.index] if p.name in trained]
+        if not own or self.layout.device(own[0].tensor) == unit.sharded.device:
+            return unit
+        device = self._device(own)
         moved = self._sharded(table, settings, device)
         moved.take_over(unit.sharded, settings)
         self._loads[moved] = self._loads.pop(unit.sharded)

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils._pytree import tree_map
 
 from ds_shampoo import SettingsError, Shampoo
 
@@ -286,3 +287,67 @@ def test_states_that_do_not_fit(change: Callable[[dict[str, Any]], Any], message
     train(model, optimizer, range(5, 9))
     train(other, untouched, range(5, 9))
     assert torch.equal(weights(model), weights(other))
+
+
+# ---------------------------------------------------------------- what trainers do to a job
+
+
+def test_a_state_that_was_copied_whole_goes_on() -> None:
+    """Whoever moves optimizer state between devices copies all tensors that there are, blocks' too."""
+    jobs = [(model := a_model(), Shampoo(model.parameters(), **SETTINGS)) for _ in range(2)]
+    for step in range(9):
+        for model, optimizer in jobs:
+            train(model, optimizer, range(step, step + 1))
+        copied = jobs[1][1].state
+        for param in list(copied):
+            copied[param] = tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, copied[param])
+    assert torch.equal(weights(jobs[0][0]), weights(jobs[1][0]))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_frozen_parameters_may_lie_on_another_device(first: bool) -> None:
+    """As the base weights that an adapter's trainer has offloaded."""
+    # With roots at every step their schedule does not depend on what else there is.
+    settings = {**SETTINGS, "root_interval": 1, "root_overlap": False}
+    models = [a_model(), a_model()]
+    frozen = nn.Parameter(torch.empty(4, 4, dtype=torch.float32, device="meta"), requires_grad=False)
+    own = list(models[0].parameters())
+    members = [[frozen, *own] if first else [*own, frozen], list(models[1].parameters())]
+    for model, params in zip(models, members, strict=True):
+        optimizer = Shampoo(params, **settings)
+        train(model, optimizer, range(9))
+        assert in_force(optimizer) > 0
+    assert torch.equal(weights(models[0]), weights(models[1]))
+
+
+def test_parameters_put_into_a_group_by_hand_are_refused() -> None:
+    """They would never be stepped, without a word."""
+    model = a_model()
+    optimizer = Shampoo(model.parameters(), **SETTINGS)
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(4, 4, dtype=torch.float32, device="cpu")))
+    with pytest.raises(RuntimeError, match="replaced"):
+        train(model, optimizer, range(1))
+
+
+def test_a_group_added_between_steps_is_no_interrupted_step(caplog: pytest.LogCaptureFixture) -> None:
+    model = a_model()
+    optimizer = Shampoo(model[0].parameters(), **SETTINGS)
+    train(model, optimizer, range(2))
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    caplog.clear()
+    train(model, optimizer, range(2, 4))
+    assert "a step began before" not in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("rms", [None, 0.1])
+def test_a_gradient_that_is_not_finite_shows_in_the_weights(value: float, rms: float | None) -> None:
+    """As in every optimizer: a matrix that stood still for ever instead would be noticed by nobody."""
+    model = a_model()
+    optimizer = Shampoo(model.parameters(), **SETTINGS, direction_rms=rms)
+    train(model, optimizer, range(8))
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 1e-3)
+    next(model.parameters()).grad[0, 0] = value  # type: ignore[index]
+    optimizer.step()
+    assert not next(model.parameters()).isfinite().all()

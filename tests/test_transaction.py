@@ -23,7 +23,7 @@ import ds_shampoo
 from ds_shampoo import Shampoo
 from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
 from ds_shampoo.host.pool import ThreadPool, WorkerError
-from ds_shampoo.transaction import BrokenStepError
+from ds_shampoo.transaction import BrokenStepError, signals_held_back
 
 PACKAGE = str(Path(ds_shampoo.__file__).parent)
 SETTINGS: dict[str, Any] = {"lr": 0.01, "block_size": 4, "root_interval": 3, "root_delay": 1, "weight_decay": 0.1}
@@ -317,3 +317,27 @@ def test_what_a_handler_finds_is_a_step_that_is_done(monkeypatch: pytest.MonkeyP
         assert found == [{1}, {2}, {3}]
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+def test_every_handler_is_called_though_one_raises() -> None:
+    """Ctrl-C beside a scheduler's warning: the job that catches the first still sees the second."""
+    arrived: list[int] = []
+
+    def interrupted(number: int, _: Any) -> None:
+        arrived.append(number)
+        raise KeyboardInterrupt
+
+    def a_step() -> None:
+        with signals_held_back():
+            for number in numbers:
+                signal.raise_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    former = {number: signal.signal(number, interrupted) for number in numbers}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            a_step()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    assert arrived == list(numbers)

@@ -151,7 +151,7 @@ def _name_role(parts: Sequence[str], parameter: Tensor) -> Role:
     leaf = path[-1] if path else ""
     if len(full_shape(parameter)) < 2:
         return Role.WEIGHT
-    if leaf in _ELEMENTWISE_NAMES:
+    if parts[-1] in _ELEMENTWISE_NAMES:  # not `D.weight`, a layer's
         return Role.ELEMENTWISE
     if leaf in _EMBEDDING_NAMES:
         return Role.EMBEDDING

@@ -132,6 +132,8 @@ def test_plain_names(name: str, plain: str) -> None:
         ("fc.weight", (3, 4), Role.HEAD),
         ("layers.0.fc.weight", (3, 4), Role.WEIGHT),
         ("layers.0.mixer.A_log", (9, 4), Role.ELEMENTWISE),
+        ("layers.0.mixer.D", (9, 4), Role.ELEMENTWISE),
+        ("system.D.weight", (4, 4), Role.WEIGHT),
         ("decoder.layers.0.out_proj.weight", (4, 4), Role.WEIGHT),
         ("lm_head.bias", (9,), Role.WEIGHT),
     ],
