@@ -41,6 +41,7 @@ class Unit:
         ids: of those that it was built for.
         names: of the parameters that these are; none where they stand for several each.
         held: how many tensors stood in the group then.
+        anchor: the first parameter of it that is trained, which tells where its blocks belong; None where none is.
     """
 
     index: int
@@ -49,6 +50,7 @@ class Unit:
     ids: tuple[int, ...]
     names: tuple[str, ...]
     held: int
+    anchor: LogicalParameter | None
 
     def of(self, held: Sequence[Tensor]) -> list[Tensor]:
         """Its own of the tensors that stand in the group now.
@@ -231,8 +233,9 @@ class Units:
             chosen = tuple(i for i, tensor in enumerate(held) if whole[id(tensor)].name in wanted)
             held = [held[i] for i in chosen]
         members = [p for p in self.layout.members(self.logical[index], held) if late is None or p.name in late]
-        device = self._device([p for p in members if p.name in wanted] or members)
-        partition = self.layout.partition([p for p in members if p.name in wanted], held)
+        trained = [p for p in members if p.name in wanted]
+        device = self._device(trained or members)
+        partition = self.layout.partition(trained, held)
         before = self._carried(id(partition.process_group), partition.world_size)
         loads = list(before)
         table = block_table(members, partition, settings, loads)
@@ -243,7 +246,7 @@ class Units:
         own = [after - load for after, load in zip(loads, before, strict=True)]
         self._loads[sharded] = id(partition.process_group), own
         names = () if chosen is None else tuple(whole[id(tensor)].name for tensor in held)
-        return Unit(index, sharded, chosen, tuple(map(id, held)), names, number)
+        return Unit(index, sharded, chosen, tuple(map(id, held)), names, number, next(iter(trained), None))
 
     def _sharded(self, table: BlockTable, settings: GroupSettings, device: torch.device) -> ShardedGroup:
         service, stopwatch = self.workplace(device)
@@ -275,12 +278,11 @@ class Units:
 
     def _in_place(self, unit: Unit, settings: GroupSettings) -> Unit:
         """The unit, its blocks moved to where the parameters are, should the model have been moved since."""
+        if unit.anchor is None or self.layout.device(unit.anchor.tensor) == unit.sharded.device:
+            return unit
         table = unit.sharded.table
         trained = {fragment.parameter for fragment in table.partition.fragments}
-        own = [p for p in self.logical[unit.index] if p.name in trained]
-        if not own or self.layout.device(own[0].tensor) == unit.sharded.device:
-            return unit
-        device = self._device(own)
+        device = self._device([p for p in self.logical[unit.index] if p.name in trained])
         moved = self._sharded(table, settings, device)
         moved.take_over(unit.sharded, settings)
         self._loads[moved] = self._loads.pop(unit.sharded)
