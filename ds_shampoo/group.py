@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.length import rescaled, target_squares
 from ds_shampoo.algorithm.precision import matmul_precision
 from ds_shampoo.algorithm.preconditioner import PRECONDITIONERS, ShampooPreconditioner
 from ds_shampoo.config import DTYPES, GroupSettings
@@ -299,9 +300,9 @@ class ShardedGroup:
             squares, flags = self._shared_norms(updates)
         with self._stopwatch.phase("precondition"), matmul_precision(settings.matmul_precision):
             directions = [
-                _rescaled(
+                rescaled(
                     stack.apply(vector, spare) if any(stack.ready) else vector.zero_(),
-                    _target_squares(squares[rows], stack.blocks[0].numel, settings),
+                    target_squares(squares[rows], stack.blocks[0].numel, settings.direction_rms, settings.grafting),
                 )
                 for stack, rows, vector, spare in zip(self.stacks, self._rows, vectors, scratch, strict=True)
             ]
@@ -360,31 +361,6 @@ class ShardedGroup:
         if self.device.type == "cpu":
             self._kept = gathered, scratch
         return gathered, scratch
-
-
-def _target_squares(grafted: Tensor, numel: int, settings: GroupSettings) -> Tensor | None:
-    """The squared norms that directions are brought to, given their grafting steps'; None to leave them as they are."""
-    if settings.direction_rms is not None:
-        return torch.full_like(grafted, settings.direction_rms**2 * numel).add_(grafted - grafted)  # NaN stays
-    return grafted if settings.grafting != "none" else None
-
-
-def _rescaled(directions: Tensor, squares: Tensor | None) -> Tensor:
-    """Stacked directions [n, *shape], each brought to the norm whose square is given; zero is what has no direction.
-
-    That is a zero one, and one that overflowed: products of roots of a low order can, where gradients vanish. Where the
-    grafting step itself is not finite NaN is what comes out, as without blocks: zero would hide it for ever.
-    """
-    if squares is None:
-        return directions
-    norms = torch.linalg.vector_norm(directions.flatten(1), dim=1)
-    pointing = (norms > 0) & norms.isfinite()
-    scale = torch.where(pointing, squares.sqrt() / norms, squares - squares)
-    each = -1, *(1,) * (directions.dim() - 1)
-    # Zero times infinity is no zero. A host that can know at once saves itself the pass over the data.
-    if directions.device.type != "cpu" or not bool(pointing.all()):
-        directions.masked_fill_(~pointing.view(each), 0.0)
-    return directions.mul_(scale.view(each))
 
 
 def _returned(staged: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> list[Tensor]:

@@ -66,7 +66,10 @@ def check(block: Block, nested: Mapping[str, Any]) -> None:
     try:
         state = from_nested(nested)
     except (KeyError, TypeError, AttributeError) as error:
-        raise SettingsError(f"the state of block {block} can't be read: {type(error).__name__}: {error}") from error
+        raise SettingsError(
+            f"the state of block {block} can't be read: {type(error).__name__}: {error}; it has to be one that "
+            "state_dict() gave"
+        ) from error
     reason = misfit({**state, "origin": list(block.origin), "shape": list(block.shape)}, block)
     if reason:
         raise SettingsError(f"the state of block {block} does not fit: {reason}; another model or release?")

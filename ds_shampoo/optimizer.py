@@ -409,15 +409,16 @@ class Shampoo(Optimizer):
 
     def _states_of(self, unit: Unit, held: Sequence[Tensor], settings: GroupSettings) -> list[dict[str, Any]]:
         """The elementwise state of a unit's tensors, made where it is missing; without it blocks begin anew."""
-        lost = unit.sharded.last_step > 0 and any(not self.state.get(p) and not self.layout.absent(p) for p in held)
-        states = [self._state_of(param) for param in held]
         if not self.layout.keeps_blocks_apart:
+            states = [self._state_of(param) for param in held]
             for name, param, state in zip(unit.names, held, states, strict=True):
                 self._shown.follow(unit.sharded, name, param, state, settings)
-        elif lost:
+            return states
+        lost = unit.sharded.last_step > 0 and any(not self.state.get(p) and not self.layout.absent(p) for p in held)
+        if lost:
             logger.warning("the state of a param group is gone: its blocks begin anew, without statistics and roots")
             unit.sharded.restart(unit.sharded.table.blocked.keys())
-        return states
+        return [self._state_of(param) for param in held]
 
     def _completed(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state with what torch does not know of, before others' hooks see it."""

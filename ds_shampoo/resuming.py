@@ -101,9 +101,9 @@ def check_fits(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]
         if "block_size" not in saved:
             raise SettingsError("this is not a state of Shampoo: its param groups have no 'block_size'")
         for key in GroupSettings.model_fields:
-            before, now = saved.get(key), present[key]
-            if _same(before, now):
+            if key not in saved or _same(saved[key], present[key]):
                 continue
+            before, now = saved[key], present[key]
             if key in STRUCTURAL:
                 raise SettingsError(f"Shampoo setting '{key}' = {now!r}: the checkpoint was made with {before!r}")
             if key != "lr":

@@ -272,7 +272,7 @@ class RootKeeper:
             logger.warning(
                 "block %s: the statistics were not finite (a gradient above 1e19, or one that is not finite) and "
                 "begin afresh; number %d of this rank's blocks; exp_avg remembers such a gradient for some hundred "
-                "steps and bends the direction meanwhile: clip gradients",
+                "steps, in which the block moves little or askew: clip gradients",
                 self._stack.blocks[slot], self._counts.restarted,
             )  # fmt: skip
 
