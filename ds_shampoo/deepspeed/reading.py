@@ -44,11 +44,11 @@ def load(engine: Any, optimizer: Shampoo, options: dict[str, Any], deepspeeds: C
         with together():
             _expect_moments(engine, optimizer)
     optimizer.took_up_shampoo = False
-    before = [dict(group) for group in optimizer.param_groups]
+    before, made = [dict(group) for group in optimizer.param_groups], optimizer.made()
     with together(own_errors=True):
         result = deepspeeds()
     if engine.load_universal_checkpoint():
-        _keep_settings(optimizer, before, reader)
+        _keep_settings(optimizer, before, made, reader)
     if result[0] is None:
         return result
     if reader is not None:
@@ -171,12 +171,20 @@ def _expect_moments(engine: Any, optimizer: Shampoo) -> None:
             optimizer.state[flat].update(new_state(flat.new_empty(size)))
 
 
-def _keep_settings(optimizer: Shampoo, before: Sequence[Mapping[str, Any]], reader: BlockReader | None) -> None:
+def _keep_settings(
+    optimizer: Shampoo,
+    before: Sequence[Mapping[str, Any]],
+    made: Sequence[Mapping[str, Any]],
+    reader: BlockReader | None,
+) -> None:
     """Puts the param groups' settings back, which DeepSpeed's universal loader replaces, at stage 3 all by the first's.
 
     What was changed since the groups were made, the learning rates above all, is the checkpoint's, as without it.
+
+    Args:
+        before, made: the groups as they were when the load began, and when they were made.
     """
-    scheduled, made = reader.header.scheduled if reader is not None else [], optimizer.made()
+    scheduled = reader.header.scheduled if reader is not None else []
     for number, (group, former) in enumerate(zip(optimizer.param_groups, before, strict=True)):
         group.update({key: value for key, value in former.items() if key != "params"})
         if len(scheduled) == len(before):
