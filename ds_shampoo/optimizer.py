@@ -225,11 +225,7 @@ class Shampoo(Optimizer):
 
         To be called while all groups are in place; it is what `describe` and `load_state_dict` do first.
         """
-        for group, held in self._units.held(self.param_groups):
-            settings = self._records.settings(group)
-            for unit in self._units.of(group["group_index"], held, settings):
-                self._states_of(unit, unit.of(held), settings)
-        self._announcement.make(self.param_groups)
+        self._all_pieces()
 
     def describe(self) -> str:
         """A table of what is preconditioned, by which blocks, on which ranks, with bytes; and what is not, and why."""
@@ -371,8 +367,10 @@ class Shampoo(Optimizer):
         return dict(enumerate(self._units.groups))
 
     def _all_pieces(self) -> list[Piece]:
-        self.prepare()
-        return [piece for group, held in self._units.held(self.param_groups) for piece in self._pieces(group, held)]
+        held = self._units.held(self.param_groups)
+        pieces = [piece for group, tensors in held for piece in self._pieces(group, tensors)]
+        self._announcement.make(self.param_groups)
+        return pieces
 
     def _pieces(self, group: Mapping[str, Any], held: Sequence[Tensor]) -> Iterator[Piece]:
         """A group's units, or those of the part of it that `held` stands for; what is missing is built."""
