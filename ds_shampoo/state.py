@@ -99,11 +99,14 @@ def take_up(sharded: ShardedGroup, found: Mapping[str, Mapping[str, Any]], setti
             f"the checkpoint lacks the factors of {len(missing)} of {len(slots)} blocks, {missing[0]} first: it was "
             "saved of another model, or by ranks that had other blocks"
         )
-    for block, _, keeper, slot in slots:
-        check(block, found[block.parameter][str(block.index)])
-        keeper.check_block_state(slot, from_nested(found[block.parameter][str(block.index)]))
+    checked = []
     for block, stack, keeper, slot in slots:
-        state = from_nested(found[block.parameter][str(block.index)])
+        nested = found[block.parameter][str(block.index)]
+        check(block, nested)
+        state = from_nested(nested)
+        keeper.check_block_state(slot, state)
+        checked.append((stack, keeper, slot, state))
+    for stack, keeper, slot, state in checked:
         stack.load_block_state(slot, state)
         keeper.load_block_state(slot, state, settings)
 
