@@ -27,7 +27,7 @@ from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.cost import direction_flops, statistics_flops
 from ds_shampoo.sharding.exchange import choose_sources
 from ds_shampoo.sharding.fragments import Piece
-from ds_shampoo.stopwatch import PHASES
+from ds_shampoo.step.stopwatch import PHASES
 from gpt.model import GPT, GPTConfig
 
 # Steps that are run but not counted: until then not every block has its roots.

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_shampoo.checkpoint.index import CheckpointError
-from ds_shampoo.deepspeed.universal import to_universal
+from ds_shampoo.frameworks.deepspeed.universal import to_universal
+from ds_shampoo.state.index import CheckpointError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

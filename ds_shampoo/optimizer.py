@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ds_shampoo import resuming, wrappers
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
-from ds_shampoo.announcement import Announcement
 from ds_shampoo.config import (
     Dtype,
     Grafting,
@@ -24,16 +22,19 @@ from ds_shampoo.config import (
     parse,
     parse_group,
 )
-from ds_shampoo.elementwise import new_state
-from ds_shampoo.group import ShardedGroup
-from ds_shampoo.group_records import GroupRecords
-from ds_shampoo.metrics import collect
-from ds_shampoo.parameters import Parameters
-from ds_shampoo.rounds import Rounds
+from ds_shampoo.parameters import wrappers
+from ds_shampoo.parameters.reading import Parameters
+from ds_shampoo.report.announcement import Announcement
+from ds_shampoo.report.metrics import collect
 from ds_shampoo.sharding.partition import Layout, WholeLayout
-from ds_shampoo.state import ShownBlocks, with_blocks
-from ds_shampoo.transaction import Transaction
-from ds_shampoo.units import Piece, Unit, Units
+from ds_shampoo.state import resuming
+from ds_shampoo.state.group_records import GroupRecords
+from ds_shampoo.state.shown import ShownBlocks, with_blocks
+from ds_shampoo.step.elementwise import new_state
+from ds_shampoo.step.rounds import Rounds
+from ds_shampoo.step.sharded_group import ShardedGroup
+from ds_shampoo.step.transaction import Transaction
+from ds_shampoo.step.units import Piece, Unit, Units
 
 logger = logging.getLogger("ds_shampoo")
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import ds_shampoo
 from command_line import effective_config
 from corpora import Corpus
-from ds_shampoo.host.cores import local_place
+from ds_shampoo.roots.cores import local_place
 from leftovers import loading_ops
 from optimizers import OptimizerError, take_optimizer
 from plots import plot_losses

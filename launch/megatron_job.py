@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ds_shampoo
-from ds_shampoo.megatron import cpu, mpu
+from ds_shampoo.megatron import mpu
+from ds_shampoo.testing import megatron_on_cpu as cpu
 from leftovers import loading_ops
 from megatron_arguments import parse_arguments
 from recorder import Recorder

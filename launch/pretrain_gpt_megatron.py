@@ -17,7 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from ds_shampoo.megatron.pipeline import GPTPipeline
+from ds_shampoo.megatron import GPTPipeline
 from megatron_job import Batch, Pipeline, Task, main
 
 

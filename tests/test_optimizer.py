@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_shampoo import SettingsError, Shampoo, ShampooConfig
-from ds_shampoo.group import ShardedGroup
+from ds_shampoo.step.sharded_group import ShardedGroup
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "block_size": 4, "root_interval": 3}
 # Roots of the present statistics at every step.

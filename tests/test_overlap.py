@@ -20,8 +20,8 @@ from torch import nn
 
 from ds_shampoo import Shampoo
 from ds_shampoo.algorithm.roots import InverseRoot, inverse_root
-from ds_shampoo.host import jobs
-from ds_shampoo.host.pool import WorkerError
+from ds_shampoo.roots import jobs
+from ds_shampoo.roots.pool import WorkerError
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "block_size": 16, "root_interval": 6, "root_delay": 3}
 STEPS = 25
@@ -216,7 +216,7 @@ import torch
 from torch import nn
 from ds_shampoo import Shampoo
 from ds_shampoo.algorithm.roots import inverse_root
-from ds_shampoo.host import jobs
+from ds_shampoo.roots import jobs
 
 def slow(*arguments):
     time.sleep(0.3)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_shampoo import Shampoo, elementwise
+from ds_shampoo import Shampoo
 from ds_shampoo.algorithm import multi_tensor
 from ds_shampoo.algorithm.multi_tensor import ApexKernels, TorchKernels, find_apex, kernels_for
 from ds_shampoo.sharding import norms
+from ds_shampoo.step import elementwise
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NAMES = ("scale", "axpby", "l2norm", "adam")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_shampoo import SettingsError, Shampoo
-from ds_shampoo.deepspeed.construction import engine_being_built
+from ds_shampoo.frameworks.deepspeed.construction import engine_being_built
 from tests.distributed.jobs import SHAMPOO, build_model, engine_config, engine_of, train
 from tests.distributed.pool import WorkerPool
 
@@ -230,7 +230,7 @@ def test_weights_changed_before_the_first_step(pools: Pools, stage: int, precisi
 
 def masters_that_are_not() -> str:
     """The message where masters differ from weights when Shampoo first sees them."""
-    from ds_shampoo.deepspeed.layouts import FlatLayout
+    from ds_shampoo.frameworks.deepspeed.layouts import FlatLayout
 
     original = FlatLayout.partition
 

@@ -10,7 +10,7 @@ import pytest
 
 import ds_shampoo
 from ds_shampoo import SettingsError
-from ds_shampoo.deepspeed.section import check_config, complete, names_shampoo
+from ds_shampoo.frameworks.deepspeed.section import check_config, complete, names_shampoo
 from tests.distributed.jobs import SHAMPOO, build_model, engine_config, engine_of
 from tests.distributed.pool import WorkerPool
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ds_shampoo.host.tasks import Task
-from ds_shampoo.host.transfer import Transfers
+from ds_shampoo.roots.tasks import Task
+from ds_shampoo.roots.transfer import Transfers
 from tests.devices.streams import Clock, join
 
 if TYPE_CHECKING:

@@ -33,14 +33,15 @@ from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ds_shampoo import accelerators, units
+from ds_shampoo import accelerators
 from ds_shampoo.algorithm import multi_tensor
-from ds_shampoo.host import service
-from ds_shampoo.host.jobs import RootAnswer, RootJob, Verdict
-from ds_shampoo.host.pool import InlineExecutor
-from ds_shampoo.host.transfer import Transfers
+from ds_shampoo.roots import service
+from ds_shampoo.roots.jobs import RootAnswer, RootJob, Verdict
+from ds_shampoo.roots.pool import InlineExecutor
+from ds_shampoo.roots.transfer import Transfers
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.partition import LogicalParameter, Partition, WholeLayout
+from ds_shampoo.step import units
 
 CUDA = torch.device("cuda", 0)
 RANK, WORLD_SIZE = 1, 4

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ds_shampoo import Shampoo
-from ds_shampoo.group import ShardedGroup
-from ds_shampoo.host.transfer import HostCopy, Transfers
+from ds_shampoo.roots.transfer import HostCopy, Transfers
 from ds_shampoo.sharding.partition import WholeLayout
+from ds_shampoo.step.sharded_group import ShardedGroup
 from tests.devices import streams
 from tests.devices.simulated import DEVICE, SimTensor, Simulation, simulated_device
 

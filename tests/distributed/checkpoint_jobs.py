@@ -13,7 +13,7 @@ import deepspeed.comm as dist
 import pytest
 import torch
 
-import ds_shampoo.checkpoint.files
+import ds_shampoo.state.files
 from tests.distributed.jobs import batch, engine_of, fingerprint, flat, train
 
 
@@ -45,7 +45,7 @@ def killed_at(operation: int) -> Iterator[list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", deadly(torch.save, "save", 1))
-        files = ds_shampoo.checkpoint.files
+        files = ds_shampoo.state.files
         patch.setattr(files, "save_file", deadly(files.save_file, "save_file", 1))
         patch.setattr(os, "replace", deadly(os.replace, "replace", None))
         patch.setattr(Path, "write_text", deadly(Path.write_text, "write_text", 0))
@@ -91,7 +91,7 @@ def loaded(config: dict[str, Any], folder: str, first: str, second: str) -> str:
         before = fingerprint(engine, engine.basic_optimizer)
         try:
             engine.load_checkpoint(folder)
-        except ds_shampoo.checkpoint.files.CheckpointError as error:
+        except ds_shampoo.state.files.CheckpointError as error:
             assert fingerprint(engine, engine.basic_optimizer) == before
             return str(error)
         found = fingerprint(engine, engine.basic_optimizer)
@@ -142,7 +142,7 @@ def damaged_in_turn(config: dict[str, Any], folder: str, damages: list[tuple[str
             message = ""
             try:
                 engine.load_checkpoint(folder)
-            except ds_shampoo.checkpoint.files.CheckpointError as error:
+            except ds_shampoo.state.files.CheckpointError as error:
                 message = str(error)
             found.append((message, fingerprint(engine, engine.basic_optimizer) == before))
             dist.barrier()
@@ -164,15 +164,15 @@ def failing_on_one_rank(config: dict[str, Any], folder: str, what: str, rank: in
         raise errors[error]
 
     place, name = {
-        "latest": ("ds_shampoo.deepspeed.writing", "replace_text"),
-        "index": ("ds_shampoo.deepspeed.writing", "write_index"),
-        "blocks": ("ds_shampoo.deepspeed.writing", "write_file"),
-        "digest": ("ds_shampoo.deepspeed.writing", "digest"),
+        "latest": ("ds_shampoo.frameworks.deepspeed.writing", "replace_text"),
+        "index": ("ds_shampoo.frameworks.deepspeed.writing", "write_index"),
+        "blocks": ("ds_shampoo.frameworks.deepspeed.writing", "write_file"),
+        "digest": ("ds_shampoo.frameworks.deepspeed.writing", "digest"),
         "deepspeed": ("torch", "save"),
         "script": ("deepspeed.runtime.engine", "copyfile"),
-        "read": ("ds_shampoo.checkpoint.files", "_read"),
-        "verify": ("ds_shampoo.checkpoint.files", "differs"),
-        "open": ("ds_shampoo.deepspeed.reading", "BlockReader"),
+        "read": ("ds_shampoo.state.files", "_read"),
+        "verify": ("ds_shampoo.state.files", "differs"),
+        "open": ("ds_shampoo.frameworks.deepspeed.reading", "BlockReader"),
     }[what]
     with engine_of(config) as engine, pytest.MonkeyPatch.context() as patch:
         train(engine, 0, 1)
@@ -226,7 +226,7 @@ def saves(engine: Any, folder: str) -> bool:
     """Whether saving is possible now."""
     try:
         engine.save_checkpoint(folder, "any")
-    except ds_shampoo.checkpoint.files.CheckpointError as error:
+    except ds_shampoo.state.files.CheckpointError as error:
         return "between micro-batches" not in str(error)
     return True
 
@@ -310,7 +310,7 @@ def weights(config: dict[str, Any], folder: str, **options: Any) -> tuple[str, b
         message = ""
         try:
             engine.load_checkpoint(folder, load_module_only=True, load_optimizer_states=False, **options)
-        except ds_shampoo.checkpoint.files.CheckpointError as error:
+        except ds_shampoo.state.files.CheckpointError as error:
             message = str(error)
         return message, bool((flat(engine.module) == before).all())
 
@@ -335,7 +335,7 @@ def broken_on_one_rank(config: dict[str, Any], folder: str) -> tuple[str, bool]:
         message = ""
         try:
             engine.save_checkpoint(folder, "bad")
-        except ds_shampoo.checkpoint.files.CheckpointError as error:
+        except ds_shampoo.state.files.CheckpointError as error:
             message = str(error)
         engine.load_checkpoint(folder)
         same = fingerprint(engine, engine.basic_optimizer) == before

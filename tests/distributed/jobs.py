@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ds_shampoo
 from ds_shampoo import Shampoo
-from ds_shampoo.saving import blocks_state
+from ds_shampoo.state.saving import blocks_state
 from gpt.model import GPT, GPTConfig
 
 GLOBAL_BATCH = 8

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from ds_shampoo.checkpoint.files import CheckpointError
-from ds_shampoo.deepspeed.universal import to_universal
+from ds_shampoo.frameworks.deepspeed.universal import to_universal
+from ds_shampoo.state.files import CheckpointError
 from tests.distributed import jobs
 from tests.distributed.jobs import SHAMPOO, Trace, engine_config
 from tests.distributed.pool import WorkerPool

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_shampoo.checkpoint.files import BlockReader, CheckpointError
-from ds_shampoo.deepspeed import universal as conversion
-from ds_shampoo.deepspeed.universal import to_universal
+from ds_shampoo.frameworks.deepspeed import universal as conversion
+from ds_shampoo.frameworks.deepspeed.universal import to_universal
+from ds_shampoo.state.files import BlockReader, CheckpointError
 from tests.distributed import checkpoint_jobs, jobs
 from tests.distributed.jobs import SHAMPOO, engine_config
 from tests.distributed.pool import WorkerError, WorkerPool

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ds_shampoo.checkpoint.files import CheckpointError
-from ds_shampoo.deepspeed.universal import to_universal
+from ds_shampoo.frameworks.deepspeed.universal import to_universal
+from ds_shampoo.state.files import CheckpointError
 from tests.distributed import parallel_jobs
 from tests.distributed.jobs import SHAMPOO, Trace, engine_config
 from tests.distributed.pool import WorkerPool

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_shampoo.deepspeed.universal import to_universal
+from ds_shampoo.frameworks.deepspeed.universal import to_universal
 from tests.distributed import phase_jobs
 from tests.distributed.jobs import SHAMPOO, engine_config
 from tests.distributed.pool import WorkerPool

@@ -52,7 +52,7 @@ def build(
 
     The kind "pipeline" is the GPT for DeepSpeed's pipeline engine; `more` goes to Megatron's settings.
     """
-    from ds_shampoo.megatron import cpu
+    from ds_shampoo.testing import megatron_on_cpu as cpu
 
     cpu.stand_in()
     from megatron.core import parallel_state
@@ -103,7 +103,7 @@ def build(
         )
     spec = get_gpt_layer_local_spec(experts, normalization="LayerNorm")
     if kind == "pipeline":
-        from ds_shampoo.megatron.pipeline import GPTPipeline
+        from ds_shampoo.frameworks.megatron_deepspeed.pipeline import GPTPipeline
 
         return GPTPipeline(config, spec, VOCABULARY, CONTEXT, tied, positions)
     return GPTModel(
@@ -175,8 +175,8 @@ def job(
     """
     from megatron.core import parallel_state
 
+    from ds_shampoo.frameworks.megatron_deepspeed.gradients import reduce_sequence_parallel_gradients
     from ds_shampoo.megatron import mpu
-    from ds_shampoo.megatron.gradients import reduce_sequence_parallel_gradients
 
     model, kind = build(tensor_parallel, **shape), shape.get("kind", "gpt")
     count = reduce_sequence_parallel_gradients(model) if by_hand else 0

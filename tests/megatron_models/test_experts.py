@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from ds_shampoo.deepspeed.experts import global_name
+from ds_shampoo.frameworks.deepspeed.experts import global_name
 from ds_shampoo.sharding.order import model_order
 from tests.distributed.jobs import engine_config
 from tests.distributed.pool import WorkerPool

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ds_shampoo.deepspeed.universal import to_universal
+from ds_shampoo.frameworks.deepspeed.universal import to_universal
 from tests.distributed.jobs import engine_config
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_parity import FP32

@@ -66,7 +66,7 @@ def look() -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from ds_shampoo.megatron import cpu
+    from ds_shampoo.testing import megatron_on_cpu as cpu
 
     cpu.stand_in()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from torch import nn
 from ds_shampoo.algorithm.blocks import Section, cut
 
 pytest.importorskip("megatron.core")
-from ds_shampoo.megatron.slicing import sections
+from ds_shampoo.frameworks.megatron.slicing import sections
 
 HEAD, GROUPS, QUERIES = 4, 4, 3
 HEADS = GROUPS * QUERIES

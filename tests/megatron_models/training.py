@@ -97,7 +97,7 @@ def job(
     chunk, optimizer = prepared(tensor_parallel, settings, **how)
     from megatron.core import parallel_state
 
-    from ds_shampoo.megatron.names import places
+    from ds_shampoo.frameworks.megatron.names import places
 
     scheduler = scheduler_of(optimizer) if schedule else None
     if resume:
@@ -125,7 +125,7 @@ def job(
 
 def initialize_by_name(model: nn.Module) -> None:
     """Weights that depend on their name in the whole model alone, not on what else is on this rank."""
-    from ds_shampoo.megatron.names import places
+    from ds_shampoo.frameworks.megatron.names import places
 
     found = places([model])
     for parameter in model.parameters():

@@ -1,0 +1,144 @@
+"""Expert-parallel parameters: their names over all ranks, and what DeepSpeed does not do for foreign ones.
+
+DeepSpeed knows the experts of `deepspeed.moe` by their layers. For others, as Megatron's, the engine is told here,
+param groups are split, and checkpoints get the weights that DeepSpeed does not save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_shampoo.sharding.order import EXPERT
+from ds_shampoo.state.files import BlockReader, CheckpointError
+
+_WEIGHT = "weight"
+
+
+def expert_group(tensor: Tensor) -> str | None:
+    """The name of an expert parameter's group, None for a parameter that all data-parallel ranks share."""
+    return None if getattr(tensor, "allreduce", True) else tensor.group_name  # type: ignore[attr-defined]
+
+
+def global_name(model: nn.Module, name: str, parameter: Tensor) -> str:
+    """A parameter's name among those of all ranks: each numbers its experts from 0, and here they are numbered on.
+
+    Raises:
+        ValueError: for an expert's parameter whose name does not tell which expert's.
+    """
+    group = expert_group(parameter)
+    if group is None:
+        return name
+    from deepspeed.utils import groups
+
+    found = EXPERT.match(name)
+    if found is None:
+        raise ValueError(
+            f"parameter '{name}' is an expert's, but its name does not tell which expert's: with Megatron leave "
+            "moe_grouped_gemm out"
+        )
+    local: Any = model.get_submodule(found["before"].removesuffix("."))
+    number = int(found["number"]) + groups._get_expert_parallel_rank(group) * len(local)
+    return f"{found['before']}{number}{found['after']}"
+
+
+def foreign_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The expert-parallel parameters, by this rank's names, that are not of DeepSpeed's own layers."""
+    marked = {name: p for name, p in model.named_parameters() if not getattr(p, "allreduce", True)}
+    if not marked:
+        return marked
+    from deepspeed.moe.layer import MoE
+
+    own = {id(p) for module in model.modules() if isinstance(module, MoE) for p in module.parameters()}
+    return {name: parameter for name, parameter in marked.items() if id(parameter) not in own}
+
+
+def adopt(engine: Any, params: Iterable[Any]) -> Iterable[Any]:
+    """Has DeepSpeed treat foreign experts as experts; to be called before it wraps the optimizer.
+
+    Args:
+        params: parameters or param-group dicts.
+
+    Returns:
+        `params`, or where there are foreign experts, param groups with each expert group's parameters apart.
+    """
+    if not foreign_experts(engine.module):
+        return params
+    engine.has_moe_layers = True  # what DeepSpeed sets when it finds a layer of its own
+    members = list(params)
+    groups = members if all(isinstance(member, dict) for member in members) else [{"params": members}]
+    shared = [{**group, "params": _in_group(group, None)} for group in groups]
+    names = sorted({name for group in groups for p in group["params"] if (name := expert_group(p)) is not None})
+    experts = [
+        {**group, "params": _in_group(group, name), "moe": True, "name": name} for name in names for group in groups
+    ]
+    return [group for group in [*shared, *experts] if group["params"]]
+
+
+class ExpertWeights:
+    """The weights of an engine's foreign experts in a checkpoint; false where it has none.
+
+    DeepSpeed's file of weights holds the experts of the first rank alone, and gives them to all.
+    """
+
+    def __init__(self, engine: Any, slice_rank: int) -> None:
+        """`slice_rank` is this rank's number among the tensor-parallel ones."""
+        self._parameters = foreign_experts(engine.module)
+        self._keys = {
+            name: f"{global_name(engine.module, name, parameter)} (slice {slice_rank})"
+            for name, parameter in self._parameters.items()
+        }
+        self._groups = engine.expert_data_parallel_group
+
+    def __bool__(self) -> bool:
+        return bool(self._parameters)
+
+    def to_save(self) -> dict[str, dict[str, Any]]:
+        """Those that this rank is the first of its group to hold, in `write_file`'s form."""
+        return {
+            self._keys[name]: {_WEIGHT: parameter}
+            for name, parameter in self._parameters.items()
+            if dist.get_rank(self._groups[expert_group(parameter)]) == 0
+        }
+
+    def check(self, reader: BlockReader) -> None:
+        """Holds a checkpoint's folder against what this rank needs of it, and reads that.
+
+        Raises:
+            CheckpointError: for weights that are missing or damaged.
+        """
+        missing = sorted(set(self._keys.values()) - set(reader.blocks))
+        if missing:
+            raise CheckpointError(
+                f"{reader.folder} lacks the weights of {len(missing)} of the experts', {missing[0]} first"
+            )
+        keys = set(self._keys.values())
+        reader.fetch(keys)
+        for key in sorted(keys):
+            if not isinstance(reader.read(key).get(_WEIGHT), Tensor):
+                raise CheckpointError(f"{reader.folder}, {key}: it is no expert's weight")
+
+    def loader(self, reader: BlockReader, strict: bool, own: Callable[..., Any] | None) -> Callable[..., None]:
+        """A `custom_load_fn` for DeepSpeed's `load_checkpoint`.
+
+        Args:
+            reader: of a checked folder.
+            strict: DeepSpeed's `load_module_strict`.
+            own: the user's `custom_load_fn`, which is called with the right weights.
+        """
+
+        def load(src: Mapping[str, Any], dst: nn.Module) -> None:
+            weights = {**src, **{name: reader.read(key)[_WEIGHT] for name, key in self._keys.items()}}
+            if own is not None:
+                own(src=weights, dst=dst)
+            else:
+                dst.load_state_dict(weights, strict=strict)
+
+        return load
+
+
+def _in_group(group: Mapping[str, Any], name: str | None) -> list[Tensor]:
+    return [parameter for parameter in group["params"] if expert_group(parameter) == name]

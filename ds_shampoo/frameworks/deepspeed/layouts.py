@@ -1,0 +1,301 @@
+"""How ZeRO's stages lay a param group out over the data-parallel ranks, read from the tensors themselves."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.frameworks.deepspeed.experts import expert_group, global_name
+from ds_shampoo.sharding.fragments import Fragment
+from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
+from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
+
+_Said = TypeVar("_Said")
+
+# The flat fp32 tensors of stages 1 and 2 and of BF16_Optimizer, and of which parameters each is made.
+_FLAT_GROUPS = (
+    ("single_partition_of_fp32_groups", "bit16_groups"),
+    ("fp32_groups_flat_partition", "bf16_groups"),
+)
+
+
+class _Claim(NamedTuple):
+    """That a parameter's elements from `start` on are those of a flat tensor, by its id, from `offset` on."""
+
+    parameter: str
+    start: int
+    numel: int
+    master: int
+    offset: int
+
+
+def layout_for(engine: Any) -> Layout:
+    """The layout of the engine's ZeRO stage."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return SubGroupLayout(engine)
+    return FlatLayout(engine) if stage else ReplicatedLayout(engine)
+
+
+class _EngineLayout:
+    """What all layouts under an engine share."""
+
+    keeps_blocks_apart = True
+    steps_empty = False
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = weakref.ref(engine)
+        self._proved: set[_Claim] = set()
+
+    def in_training(self) -> bool:
+        """False until the engine has its optimizer: a wrapper may take a step on zero gradients to allocate state."""
+        engine = self._engine()
+        return engine is not None and engine.optimizer is not None
+
+    def device(self, parameter: Tensor) -> torch.device:
+        return torch.device(self._present_engine().device)
+
+    def name(self, name: str, parameter: Tensor) -> str:
+        """Asks the `mpu`, where it knows (that of GPTPipeline does)."""
+        engine = self._present_engine()
+        ask = getattr(engine.mpu, "shampoo_name", None)
+        return str(ask(engine.module, name)) if ask is not None else global_name(engine.module, name, parameter)
+
+    def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
+        """Asks the `mpu`, where it knows (ds_shampoo.megatron.mpu does)."""
+        engine = self._present_engine()
+        ask = getattr(engine.mpu, "shampoo_sections", None)
+        found: Sequence[Section] | None = ask(engine.module, name, parameter) if ask is not None else None
+        return found
+
+    def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
+        return concatenated_over_ranks(own) if self._divides_the_model() else own
+
+    def everyones(self, rounds: Rounds) -> Rounds:
+        """Under pipeline, expert and tensor parallelism other ranks have other blocks; ranks are ordered by stage."""
+        return union_over_ranks(rounds) if self._divides_the_model() else rounds
+
+    def parts(self, index: int) -> Sequence[Tensor] | None:
+        return None
+
+    def absent(self, tensor: Tensor) -> bool:
+        return False
+
+    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        return originals
+
+    def _prove(self, parameter: LogicalParameter, start: int, master: Tensor, offset: int, present: Tensor) -> None:
+        """Holds a reading of the layout against the data: master weights, rounded, are those that the model uses.
+
+        Once it held, it stays proved: anyone may change masters alone afterwards (`safe_set_full_fp32_param`).
+
+        Args:
+            start: the first of the parameter's elements that are looked at.
+            master: the tensor that stands for them, in which they begin at `offset`.
+            present: these elements as the model uses them, flat.
+
+        Raises:
+            RuntimeError: saying what differs.
+        """
+        claim = _Claim(parameter.name, start, present.numel(), id(master), offset)
+        if claim in self._proved:
+            return
+        found, present = master.detach().view(-1).narrow(0, offset, present.numel()), present.detach()
+        if not torch.equal(found.to(present), present):
+            raise _misread(_difference(parameter.name, found, present))
+        self._proved.add(claim)
+
+    def _divides_the_model(self) -> bool:
+        engine = self._present_engine()
+        return bool(engine.pipeline_parallelism or engine.has_moe_layers or engine.mp_world_size > 1)
+
+    def _present_engine(self) -> Any:
+        engine = self._engine()
+        assert engine is not None, "an optimizer does not outlive its engine"
+        return engine
+
+
+class ReplicatedLayout(_EngineLayout):
+    """Stage 0: every rank holds every parameter whole, as itself or as an fp32 master copy of it."""
+
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        trained = members
+        if len(held) != len(members):  # master copies are made of what is trained, in the same order
+            trained = [p for p in members if p.tensor.requires_grad and p.tensor.numel()]
+        if [tuple(tensor.shape) for tensor in held] != [parameter.shape for parameter in trained]:
+            raise _misread("the master copies do not have the parameters' shapes")
+        for parameter, tensor in zip(trained, held, strict=True):
+            if tensor is not parameter.tensor:
+                self._prove(parameter, 0, tensor, 0, parameter.tensor.reshape(-1))
+        group = self._replicas(members)
+        ranks = range(dist.get_world_size(group))
+        fragments = [
+            fragment
+            for rank in ranks
+            for fragment, parameter in zip(whole_fragments(trained, rank), _nonempty(trained), strict=True)
+            if parameter.tensor.requires_grad
+        ]
+        return Partition(fragments, dist.get_rank(group), len(ranks), group)
+
+    def _replicas(self, members: Sequence[LogicalParameter]) -> dist.ProcessGroup:
+        """The ranks that hold the same parameters: the data-parallel ones, or an expert's."""
+        engine = self._present_engine()
+        names = {expert_group(parameter.tensor) for parameter in members}
+        if len(names) > 1:
+            raise RuntimeError(
+                "a param group holds both experts and parameters that all ranks share; split it with "
+                "deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer"
+            )
+        name = names.pop()
+        group: dist.ProcessGroup = (
+            engine.seq_data_parallel_group if name is None else engine.expert_data_parallel_group[name]
+        )
+        return group
+
+
+class FlatLayout(_EngineLayout):
+    """Stages 1 and 2 and BF16_Optimizer: one flat fp32 tensor per group, this rank's equal share of the group.
+
+    ZeRO makes the low-precision parameters views into one flat buffer of which the shares are consecutive parts.
+    A parameter's address therefore tells its place, whatever `round_robin_gradients` or `parameter_alignment`
+    did to the order and padding.
+    """
+
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        if len(held) != 1 or held[0].dim() != 1:
+            raise _misread(f"expected one flat tensor per param group, found {[tuple(t.shape) for t in held]}")
+        flattened = self._flattened(held[0])
+        trained = [p for p in members if id(p.tensor) in flattened and p.tensor.numel()]
+        if not trained:
+            raise _misread("a flat tensor holds no parameter of its param group")
+        flat, group = held[0], trained[0].tensor._dp_group  # type: ignore[attr-defined]
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        base = min(parameter.tensor.data_ptr() for parameter in trained)
+        fragments = [
+            fragment for parameter in trained for fragment in _shares(parameter, base, flat.numel(), world_size)
+        ]
+        by_name = {parameter.name: parameter for parameter in trained}
+        for fragment in fragments:
+            if fragment.rank == rank:
+                parameter = by_name[fragment.parameter]
+                present = parameter.tensor.view(-1).narrow(0, fragment.start, fragment.numel)
+                self._prove(parameter, fragment.start, flat, fragment.offset, present)
+        return Partition(fragments, rank, world_size, group)
+
+    def _flattened(self, flat: Tensor) -> set[int]:
+        """The ids of the parameters that the present wrapper has put into a group's flat buffer.
+
+        What it left on a parameter does not tell: an earlier engine's marks stay where a later one trains less.
+        """
+        zero: Any = self._present_engine().optimizer
+        for flats, groups in _FLAT_GROUPS:
+            for held, parameters in zip(getattr(zero, flats, ()), getattr(zero, groups, ()), strict=False):
+                if held is flat:
+                    return {id(parameter) for parameter in parameters}
+        raise _misread("a flat tensor is not of the ZeRO optimizer's")
+
+
+class SubGroupLayout(_EngineLayout):
+    """Stage 3: a param group is stepped in sub-groups, each one flat fp32 tensor with a piece of every parameter in it.
+
+    A parameter of n elements is cut into equal pieces of `partition_numel()`, one per rank, the last of them padded.
+    With offload to NVMe a flat tensor is empty between its steps, and can't be held against the weights.
+    """
+
+    def parts(self, index: int) -> Sequence[Tensor]:
+        zero = self._zero()
+        flats: Sequence[Tensor] = zero.fp32_partitioned_groups_flat
+        return [flat for number, flat in enumerate(flats) if zero.sub_group_to_group_id[number] == index]
+
+    def absent(self, tensor: Tensor) -> bool:
+        return tensor.numel() < self._size(tensor)
+
+    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        """Those of the sub-group, and with the first of a param group those that nobody trains, in no sub-group."""
+        zero, number = self._zero(), self._number(held)
+        by_tensor = {id(parameter.tensor): parameter for parameter in originals}
+        tensors = zero.fp16_groups[number]
+        if any(id(tensor) not in by_tensor for tensor in tensors):
+            raise _misread("a sub-group holds a parameter that is not of its param group")
+        mine = [by_tensor[id(tensor)] for tensor in tensors]
+        if zero.sub_group_to_group_id[number] in [zero.sub_group_to_group_id[other] for other in range(number)]:
+            return mine
+        placed = {id(tensor) for group in zero.fp16_groups for tensor in group}
+        return mine + [parameter for parameter in originals if id(parameter.tensor) not in placed]
+
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        zero, flat = self._zero(), held[0]
+        mine = {id(tensor) for tensor in zero.fp16_groups[self._number(held)]}
+        ask = getattr(zero, "_get_sub_group_process_group", None)
+        group = ask(self._number(held)) if ask is not None else zero.dp_process_group
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        fragments: list[Fragment] = []
+        offset = 0
+        for parameter in [member for member in members if id(member.tensor) in mine]:
+            size = parameter.tensor.partition_numel()  # type: ignore[attr-defined]
+            numel = math.prod(parameter.shape)
+            for owner in range(world_size):
+                length = min(size, numel - owner * size)
+                if length > 0:
+                    fragments.append(Fragment(parameter.name, owner * size, length, owner, 0, offset))
+                if length > 0 and owner == rank and not self.absent(flat):
+                    piece = parameter.tensor.ds_tensor.view(-1)  # type: ignore[attr-defined]
+                    self._prove(parameter, owner * size, flat, offset, piece.narrow(0, 0, length))
+            offset += size
+        if offset > self._size(flat):
+            raise _misread(f"a sub-group of {self._size(flat)} elements should hold {offset}")
+        return Partition(fragments, rank, world_size, group)
+
+    def _zero(self) -> Any:
+        return self._present_engine().optimizer
+
+    def _size(self, flat: Tensor) -> int:
+        return int(self._zero().fp16_partitioned_groups_flat_numel[self._number([flat])])
+
+    def _number(self, held: Sequence[Tensor]) -> int:
+        flats = self._zero().fp32_partitioned_groups_flat
+        found = [number for number, flat in enumerate(flats) if flat is held[0]]
+        if len(held) != 1 or len(found) != 1:
+            raise _misread("expected the flat tensor of one sub-group at a time")
+        return found[0]
+
+
+def _shares(parameter: LogicalParameter, base: int, size: int, world_size: int) -> list[Fragment]:
+    """A parameter's runs in the shares of all ranks, from its address in the flat buffer."""
+    tensor = parameter.tensor
+    begin, remainder = divmod(tensor.data_ptr() - base, tensor.element_size())
+    end = begin + tensor.numel()
+    if remainder or end > size * world_size or not tensor.is_contiguous():
+        raise _misread(f"parameter '{parameter.name}' does not lie in its group's flat buffer")
+    return [
+        Fragment(parameter.name, start - begin, stop - start, rank, 0, start - rank * size)
+        for rank in range(begin // size, (end - 1) // size + 1)
+        if (start := max(begin, rank * size)) < (stop := min(end, (rank + 1) * size))
+    ]
+
+
+def _difference(name: str, found: Tensor, present: Tensor) -> str:
+    """How far master weights are from the weights that the model uses, and what may have brought that about."""
+    apart = found.to(present).ne(present)
+    largest = float((found.to(torch.float32) - present.to(found.device, torch.float32)).abs().max())
+    return (
+        f"the fp32 master weights found for '{name}' are not that parameter's: {int(apart.sum())} of {apart.numel()} "
+        f"elements that this rank holds differ, by up to {largest:.3g}. Where they nearly agree, something changed "
+        "weights or masters before Shampoo first saw them (safe_set_full_fp32_param, load_state_dict on the module): "
+        "do that before deepspeed.initialize, or after it returned"
+    )
+
+
+def _nonempty(parameters: Sequence[LogicalParameter]) -> list[LogicalParameter]:
+    return [parameter for parameter in parameters if parameter.tensor.numel()]
+
+
+def _misread(reason: str) -> RuntimeError:
+    return RuntimeError(f"Shampoo can't read this DeepSpeed's layout of the optimizer's parameters: {reason}")

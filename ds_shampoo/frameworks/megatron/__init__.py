@@ -1,0 +1,1 @@
+"""Shampoo in Megatron-core's own training: its optimizers' wrappers around our inner one."""

@@ -1,0 +1,119 @@
+"""How Megatron's own optimizers lay parameters out: whole, as fp32 copies, layer by layer, or in flat shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from torch import Tensor
+
+from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.frameworks.megatron.names import Place
+from ds_shampoo.frameworks.megatron.slicing import sections
+from ds_shampoo.sharding.fragments import Fragment
+from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
+from ds_shampoo.sharding.partition import LogicalParameter, Partition
+
+_Said = TypeVar("_Said")
+
+
+class Run(NamedTuple):
+    """What a tensor in Megatron's param groups stands for: a parameter's elements from `start` on."""
+
+    parameter: Tensor
+    start: int
+
+
+def runs_of(wrapper: MegatronOptimizer) -> dict[int, Run]:
+    """What every tensor in the param groups of one of Megatron's optimizers stands for, by `id(tensor)`."""
+    if isinstance(wrapper, DistributedOptimizer):
+        pairs = (
+            (shard, parameter, wrapper._get_model_param_range_map(parameter)["param"].start)
+            for shards, parameters in (
+                *zip(wrapper.shard_fp32_from_float16_groups, wrapper.model_float16_groups, strict=True),
+                *zip(wrapper.shard_fp32_groups, wrapper.model_fp32_groups, strict=True),
+            )
+            for shard, parameter in zip(shards, parameters, strict=True)
+        )
+        return {id(shard): Run(parameter, start) for shard, parameter, start in pairs}
+    runs = {id(p): Run(p, 0) for group in wrapper.param_groups for p in group["params"]}
+    if isinstance(wrapper, Float16OptimizerWithFloat16Params):
+        for copies, parameters in zip(wrapper.fp32_from_float16_groups, wrapper.float16_groups, strict=True):
+            runs |= {id(copy): Run(p, 0) for copy, p in zip(copies, parameters, strict=True)}
+    return runs
+
+
+class MegatronLayout:
+    """One for all of Megatron's ways: every rank says which runs it holds, and all ranks hear it.
+
+    A rank may hold nothing of a param group, and own blocks of it all the same.
+
+    Attributes:
+        replicas: the ranks over which the parameters are replicated or sharded: data and context parallel.
+        slices: the tensor-parallel ranks.
+    """
+
+    keeps_blocks_apart = True
+    steps_empty = True
+
+    def __init__(
+        self,
+        places: Mapping[int, Place],
+        runs: Callable[[], Mapping[int, Run]],
+        replicas: dist.ProcessGroup,
+        slices: dist.ProcessGroup,
+    ) -> None:
+        """`places` are every parameter's, by id, and `runs` gives what `runs_of` does, once Megatron has laid out."""
+        self._places, self._runs = places, runs
+        self.replicas, self.slices = replicas, slices
+
+    def in_training(self) -> bool:
+        return True
+
+    def device(self, parameter: Tensor) -> torch.device:
+        return parameter.device
+
+    def name(self, name: str, parameter: Tensor) -> str:
+        return self._places[id(parameter)].name
+
+    def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
+        place = self._places[id(parameter)]
+        rank, world_size = dist.get_rank(self.slices), dist.get_world_size(self.slices)
+        return sections(place.chunk, place.local_name, parameter, rank, world_size)
+
+    def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
+        return concatenated_over_ranks(own)
+
+    def everyones(self, rounds: Rounds) -> Rounds:
+        return union_over_ranks(rounds)
+
+    def parts(self, index: int) -> None:
+        return None
+
+    def absent(self, tensor: Tensor) -> bool:
+        return False
+
+    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        return originals
+
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+        names = {id(member.tensor): member.name for member in members}
+        rank, world_size = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
+        own: list[Fragment] = []
+        runs = self._runs()
+        for buffer, tensor in enumerate(held):
+            parameter, start = runs[id(tensor)]
+            name = names[id(parameter)]
+            present = parameter.detach().view(-1)[start : start + tensor.numel()]
+            if not torch.equal(tensor.detach().view(-1).to(parameter.dtype), present):
+                raise RuntimeError(
+                    f"Shampoo can't read this Megatron's layout: the fp32 weights found for '{name}' are not its own"
+                )
+            own.append(Fragment(name, start, tensor.numel(), rank, buffer, 0))
+        everyones: list[Any] = [own] * world_size
+        dist.all_gather_object(everyones, own, group=self.replicas)
+        return Partition([fragment for held in everyones for fragment in held], rank, world_size, self.replicas)

@@ -1,0 +1,1 @@
+"""Megatron-core models under DeepSpeed: an `mpu`, a pipeline, experts, and what becomes of their gradients."""

@@ -1,0 +1,1 @@
+"""Inverse roots on host threads: jobs, their schedule, the copies to and fro, and what became of every root."""

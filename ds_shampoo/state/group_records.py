@@ -1,0 +1,54 @@
+"""What is remembered of every param group: as what it was made, and the settings that were found good last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ds_shampoo.config import GroupSettings, ShampooConfig, check_delay, checked_settings, present_settings
+from ds_shampoo.state import resuming
+from ds_shampoo.step.units import Units
+
+
+class GroupRecords:
+    """Follows the param groups, which anyone may change between steps; keyed by their "group_index"."""
+
+    def __init__(self, config: ShampooConfig, units: Units) -> None:
+        self._config, self._units = config, units
+        self._made: list[dict[str, Any]] = []
+        self._good: dict[int, tuple[dict[str, Any], GroupSettings]] = {}
+
+    def add(self, group: Mapping[str, Any]) -> None:
+        """Remembers a param group as it is made."""
+        self._made.append({key: value for key, value in group.items() if key != "params"})
+
+    def made(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Everything but the parameters of these groups as they were made."""
+        return [self._made[group["group_index"]] for group in groups]
+
+    def settings(self, group: Mapping[str, Any]) -> GroupSettings:
+        """A group's present settings, looked at anew whenever somebody changed them.
+
+        Raises:
+            SettingsError: for a value that is refused, or one that decides what blocks there are.
+        """
+        index, present = group["group_index"], present_settings(group)
+        found = self._good.get(index)
+        if found is None or found[0] != present:
+            settings = checked_settings(present)
+            check_delay(settings, self._config.root_delay)
+            for unit in self._units.all:
+                if unit.index == index:
+                    resuming.check_structure(unit.sharded.settings, settings)
+            self._good[index] = found = present, settings
+        resuming.check_preconditioned(group, self._made[index])
+        return found[1]
+
+    def last(self, index: int) -> GroupSettings | None:
+        """A group's settings at its last step, also while a framework hides it; None before the first."""
+        found = self._good.get(index)
+        return found[1] if found is not None else None
+
+    def forget(self) -> None:
+        """The groups were loaded: all are looked at anew."""
+        self._good.clear()

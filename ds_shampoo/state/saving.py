@@ -1,0 +1,154 @@
+"""What a checkpoint holds beside torch's own optimizer state, and whether one fits the optimizer that loads it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
+from ds_shampoo.config import GroupSettings, SettingsError
+from ds_shampoo.roots.keeper import RootKeeper
+from ds_shampoo.state.block import misfit
+from ds_shampoo.state.files import BlockReader, CheckpointError
+from ds_shampoo.step.sharded_group import ShardedGroup
+from ds_shampoo.step.units import Piece
+
+logger = logging.getLogger("ds_shampoo")
+
+# Settings that decide which blocks there are; a checkpoint made with others can't be taken up.
+STRUCTURAL = ("block_size", "max_preconditioner_dim", "max_factor_ratio", "merge_small_dims", "embedding")
+
+
+def blocks_state(groups: Iterable[ShardedGroup]) -> dict[str, Any]:
+    """The factors, roots and jobs under way of this rank's blocks, by block name; plain tensors and numbers.
+
+    Factors and roots are those in use, and not copies: a second set of them may not fit on the device.
+    """
+    return {
+        str(block): {
+            "origin": list(block.origin),
+            "shape": list(block.shape),
+            **stack.block_state(slot),
+            **keeper.block_state(slot),
+        }
+        for group in groups
+        for block, stack, keeper, slot in group.slots()
+    }
+
+
+def load_blocks(saved: Mapping[str, Any], units: Sequence[Piece]) -> None:
+    """Takes back what `blocks_state` gave.
+
+    Raises:
+        SettingsError: if a block of this rank is missing; nothing is touched then.
+    """
+    blocks = [str(block) for unit in units for block, *_ in unit.sharded.slots()]
+    missing = [block for block in blocks if block not in saved]
+    if missing:
+        raise SettingsError(
+            f"the checkpoint lacks the factors of {len(missing)} of this rank's {len(blocks)} blocks, "
+            f"{missing[0]} first: it was saved by another world size or another model"
+        )
+    for unit in units:
+        for block, stack, keeper, slot in unit.sharded.slots():
+            _load(block, stack, keeper, slot, saved[str(block)], unit.settings)
+
+
+def header(units: Sequence[Piece]) -> dict[str, Any]:
+    """What an index says of all blocks together: how they were cut, and each parameter's step count."""
+    return {
+        "settings": [unit.settings.model_dump(mode="json") for unit in units],
+        "cut": _cuts(units),
+        "steps": {
+            name: int(state["step"])
+            for unit in units
+            for name, state in unit.sharded.states_by_name(unit.states).items()
+            if "step" in state
+        },
+    }
+
+
+def own_blocks(units: Sequence[Piece]) -> set[str]:
+    """The names of this rank's blocks."""
+    return {str(block) for unit in units for block, *_ in unit.sharded.slots()}
+
+
+def check(units: Sequence[Piece], reader: BlockReader) -> None:
+    """Holds a checkpoint's folder against this rank's blocks, and reads those that fit.
+
+    Raises:
+        CheckpointError: naming the block that is missing or has another shape although blocks are cut as they
+            were, or whose state no block can have; or the file that is missing or damaged.
+    """
+    same_cut = reader.header.cut == json.loads(json.dumps(_cuts(units)))
+    fitting: dict[str, Block] = {}
+    for unit in units:
+        for block, *_ in unit.sharded.slots():
+            if reader.holds(str(block), block.origin, block.shape):
+                fitting[str(block)] = block
+            elif same_cut:
+                raise CheckpointError(
+                    f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another model"
+                )
+    reader.fetch(fitting)
+    for name, block in fitting.items():
+        problem = misfit(reader.read(name), block)
+        if problem:
+            raise CheckpointError(f"{reader.folder}, block {name}: {problem}")
+
+
+def restore(units: Sequence[Piece], reader: BlockReader) -> None:
+    """Takes this rank's blocks and step counts from a checked folder; blocks that were cut otherwise start fresh.
+
+    Raises:
+        CheckpointError: if the framework's files, which are loaded by then, have other step counts than the blocks.
+    """
+    fresh: list[str] = []
+    for unit in units:
+        for name, state in unit.sharded.states_by_name(unit.states).items():
+            _count_as_saved(name, state, reader)
+        for block, stack, keeper, slot in unit.sharded.slots():
+            if reader.holds(str(block), block.origin, block.shape):
+                _load(block, stack, keeper, slot, reader.read(str(block)), unit.settings)
+            else:
+                fresh.append(str(block))
+    if fresh:
+        logger.warning(
+            "%d of this rank's %d blocks were cut otherwise in the checkpoint and start fresh, %s first",
+            len(fresh), len(own_blocks(units)), fresh[0],
+        )  # fmt: skip
+
+
+def _count_as_saved(name: str, state: dict[str, Any], reader: BlockReader) -> None:
+    """Holds a parameter's step count against the index; a universal checkpoint has one for all, and gets its own."""
+    saved = reader.header.steps.get(name)
+    if saved is None:
+        return
+    if reader.index.universal is None and "step" in state and int(state["step"]) != saved:
+        raise CheckpointError(
+            f"{reader.folder}: {name} was saved after {saved} steps, but DeepSpeed's files are of step "
+            f"{int(state['step'])}: two saves are mixed; load another checkpoint into a new engine"
+        )
+    state["step"] = saved
+
+
+def _cuts(units: Sequence[Piece]) -> list[dict[str, Any]]:
+    """The settings by which blocks are cut, of each param group once."""
+    cuts = [{key: getattr(unit.settings, key) for key in STRUCTURAL} for unit in units]
+    return [cut for number, cut in enumerate(cuts) if cut not in cuts[:number]]
+
+
+def _load(
+    block: Block,
+    stack: ShampooPreconditioner,
+    keeper: RootKeeper,
+    slot: int,
+    state: Mapping[str, Any],
+    settings: GroupSettings,
+) -> None:
+    keeper.check_block_state(slot, state)
+    stack.load_block_state(slot, state)
+    keeper.load_block_state(slot, state, settings)

@@ -1,0 +1,59 @@
+"""When a step of everything begins and ends, though a framework may call once for each param group or part of one."""
+
+from __future__ import annotations
+
+import logging
+
+from ds_shampoo.step.sharded_group import ShardedGroup
+from ds_shampoo.step.units import Units
+
+logger = logging.getLogger("ds_shampoo")
+
+
+class Rounds:
+    """Counts which units have taken the present step."""
+
+    def __init__(self, units: Units) -> None:
+        self._units = units
+        self._stepped: set[ShardedGroup] = set()
+        self._warned = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything has taken the step."""
+        return len(self._stepped) == self._units.expected()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether some units have taken the step, and others not yet."""
+        return bool(self._stepped) and not self.complete
+
+    def begin(self, sharded: ShardedGroup, first: bool) -> None:
+        """To be called before a unit's step, ahead of its statistics, which would overwrite what snapshots still read.
+
+        Args:
+            first: whether a step begins with this unit, in any case.
+        """
+        if not first and sharded not in self._stepped:
+            return
+        if not first and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a step began before all param groups had taken the last one (%d of %d parts had): if it was "
+                "interrupted, load a checkpoint",
+                len(self._stepped), self._units.expected(),
+            )  # fmt: skip
+        self._stepped.clear()
+        for workplace in self._units.workplaces:
+            workplace.service.begin_step()
+
+    def end(self, sharded: ShardedGroup) -> None:
+        """To be called after a unit's step."""
+        self._stepped.add(sharded)
+        if self.complete:
+            for workplace in self._units.workplaces:
+                workplace.stopwatch.end_step()
+
+    def forget(self) -> None:
+        """There are other units from now on."""
+        self._stepped.clear()

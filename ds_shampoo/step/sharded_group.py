@@ -1,0 +1,379 @@
+"""A param group, or a part of one, at work: the step that joins elementwise state and the blocks of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_shampoo.algorithm import grafting
+from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.length import rescaled, target_squares
+from ds_shampoo.algorithm.precision import matmul_precision
+from ds_shampoo.algorithm.preconditioner import PRECONDITIONERS, ShampooPreconditioner
+from ds_shampoo.config import DTYPES, GroupSettings
+from ds_shampoo.roots.keeper import RootCounts, RootKeeper
+from ds_shampoo.roots.schedule import RootSchedule
+from ds_shampoo.roots.service import RootService
+from ds_shampoo.sharding.exchange import ExchangePlan, Gathering, StackPlace
+from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
+from ds_shampoo.sharding.table import BlockTable
+from ds_shampoo.step.elementwise import ElementwiseStep, StepMemory, TensorStep
+from ds_shampoo.step.stopwatch import Stopwatch
+
+
+class ShardedGroup:
+    """What is stepped together, the blocks of it that this rank owns, and how both meet.
+
+    A step is `prepare`, which may wait and fail and changes nothing that counts, and `step`.
+
+    Attributes:
+        table: the blocks and their owners.
+        settings: those that the blocks were built with.
+        device: where blocks are kept and preconditioned.
+        stacks: this rank's blocks, stacked by shape.
+        counts: what became of their roots.
+        exchange_bytes: what this rank sent in the last step.
+        last_step: the step count of the group's parameters; the largest where they differ.
+    """
+
+    def __init__(
+        self,
+        table: BlockTable,
+        settings: GroupSettings,
+        exchange_dtype: str,
+        device: torch.device,
+        service: RootService,
+        stopwatch: Stopwatch,
+        memory: StepMemory,
+        places: Mapping[Block, int],
+    ) -> None:
+        """
+        Args:
+            device: where blocks are kept and preconditioned; shards may lie on the host (ZeRO-Offload).
+            memory: for the vectors of a step; all groups', since they step one after another.
+            places: every block's, in `stagger`'s order.
+        """
+        self.table, self.settings, self.device = table, settings, device
+        self._stopwatch, self._memory = stopwatch, memory
+        partition, blocks, owners = table.partition, table.blocks, table.owners
+        self._ordinals = table.owned()
+        self._rows = [torch.tensor(ordinals, dtype=torch.int64, device=device) for ordinals in self._ordinals]
+        build = PRECONDITIONERS[settings.preconditioner]
+        root_dtype = DTYPES[settings.root_dtype]
+        self.stacks = [build([blocks[i] for i in ordinals], device, root_dtype) for ordinals in self._ordinals]
+        self.counts = RootCounts()
+        self._keepers = [
+            RootKeeper(stack, [places[block] for block in stack.blocks], service, self.counts) for stack in self.stacks
+        ]
+        stacked = {
+            ordinal: StackPlace(stack, slot)
+            for stack, ordinals in enumerate(self._ordinals)
+            for slot, ordinal in enumerate(ordinals)
+        }
+        self.plan = ExchangePlan(blocks, table.pieces, owners, stacked, partition, device, DTYPES[exchange_dtype])
+        self._norms = PieceNorms(self.plan.sources, len(blocks), device)
+        self._scaler: SegmentScaler | None = None
+        if grafting.is_normalized(settings.grafting):
+            self._scaler = SegmentScaler(blocks, table.pieces, owners, table.whole, partition, device)
+        self._buffers = {f.parameter: f.buffer for f in partition.fragments if f.rank == partition.rank}
+        self._slots_by_parameter: dict[str, list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]] = {}
+        for slot in self.slots():
+            self._slots_by_parameter.setdefault(slot[0].parameter, []).append(slot)
+        self._kept: tuple[list[Tensor], list[Tensor]] | None = None
+        self.exchange_bytes = 0
+        self.last_step = 0
+
+    def prepare(self, held: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings) -> None:
+        """Waits for what the step to come needs, and fails where that would; to be called again after a failure.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+            WorkerError: naming the block, where its root can't be computed.
+        """
+        for param in held:
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
+        steps = [self._step_to_come(param, state) for param, state in zip(held, states, strict=True)]
+        if self.plan.moves or any(steps):
+            for keeper, clock in zip(self._keepers, self._clocks(steps, self.last_step + 1), strict=True):
+                keeper.prepare(clock, settings)
+
+    def wait_for_roots(self, settings: GroupSettings) -> None:
+        """Waits for all that the next step may need.
+
+        Raises:
+            WorkerError: naming the block, where its root can't be computed.
+        """
+        for stack, keeper in zip(self.stacks, self._keepers, strict=True):
+            keeper.prepare([self.last_step + 1] * len(stack.blocks), settings)
+
+    def step(
+        self,
+        held: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        settings: GroupSettings,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        """One step of docs/algorithm.md, after `prepare`.
+
+        Args:
+            held: the tensors that stand in the group now: whole parameters, or flat fp32 shards; none where other
+                ranks hold all of it.
+            states: their elementwise state (`new_state`), updated in place.
+            begin: called before anything is changed, and after all memory that grows with the model is there.
+        """
+        self._memory.restart()
+        tensors = [
+            self._tensor_step(param, state, settings) if self._step_to_come(param, state) else None
+            for param, state in zip(held, states, strict=True)
+        ]
+        present = [tensor for tensor in tensors if tensor is not None]
+        if not present and not self.plan.moves:
+            return
+        blank = [torch.zeros(0, dtype=torch.float32, device=self.device)] * len(held)
+        if self.plan.moves and len(present) < len(held):  # frozen: others expect its pieces, and pass them over
+            blank = [torch.zeros(param.numel(), dtype=torch.float32, device=self.device) for param in held]
+        elementwise, workspace = ElementwiseStep(present, settings), self._workspace() if self.table.blocks else None
+        begin()
+        for tensor in present:
+            tensor.count()
+        self.last_step = max((tensor.step for tensor in present), default=self.last_step + 1)
+        with self._stopwatch.phase("elementwise"):
+            self._filter_and_graft(elementwise, tensors, blank)
+        if workspace is not None:
+            self._precondition(tensors, blank, workspace, settings)
+        with self._stopwatch.phase("elementwise"):
+            elementwise.finish()
+
+    def take_over(self, other: ShardedGroup, settings: GroupSettings) -> None:
+        """Goes on with the blocks of a group of the same table on another device."""
+        vars(self.counts).update(vars(other.counts))
+        self.last_step = other.last_step
+        if other.device.type != "meta":
+            for (_, stack, keeper, slot), (_, old, olds_keeper, _) in zip(self.slots(), other.slots(), strict=True):
+                stack.load_block_state(slot, old.block_state(slot))
+                keeper.load_block_state(slot, olds_keeper.block_state(slot), settings)
+        other.let_go()
+
+    def let_go(self) -> None:
+        """Gives back what jobs under way hold; the blocks are of no more use."""
+        for keeper in self._keepers:
+            keeper.let_go()
+
+    def restart(self, parameters: Collection[str]) -> None:
+        """Has all blocks of these parameters begin anew, without statistics and roots."""
+        for stack, keeper in zip(self.stacks, self._keepers, strict=True):
+            slots = [slot for slot, block in enumerate(stack.blocks) if block.parameter in parameters]
+            if slots:
+                keeper.restart(slots)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What is kept from step to step beside the state: on a CPU only."""
+        return sum(tensor.nbytes for tensors in self._kept or () for tensor in tensors)
+
+    def states_by_name(self, states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The elementwise state behind each parameter; a flat shard's is that of all its parameters."""
+        if len(states) == 1:
+            return {name: states[0] for name, (_, reason) in self.table.blocked.items() if "not trained" not in reason}
+        return {name: states[buffer] for name, buffer in self._buffers.items()}
+
+    def slots_of(self, parameter: str) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
+        """As `slots`, of one parameter."""
+        return self._slots_by_parameter.get(parameter, [])
+
+    def slots(self) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
+        """Every owned block with the stack, the root keeper and the slot that hold its state."""
+        return [
+            (block, stack, keeper, slot)
+            for stack, keeper in zip(self.stacks, self._keepers, strict=True)
+            for slot, block in enumerate(stack.blocks)
+        ]
+
+    def _step_to_come(self, param: Tensor, state: Mapping[str, Any]) -> int:
+        """The step count that a tensor will have after this step; 0 where it takes no part in it.
+
+        One that is trained takes part without a gradient too, as if it were zero, where others wait for its pieces.
+        """
+        takes_part = param.grad is not None or (self.plan.moves and param.requires_grad)
+        return int(state["step"]) + 1 if takes_part else 0
+
+    def _tensor_step(self, param: Tensor, state: dict[str, Any], settings: GroupSettings) -> TensorStep:
+        grad = param.grad if param.grad is not None else torch.zeros_like(param)
+        return TensorStep(param, grad, state, settings, self._memory)
+
+    def _filter_and_graft(
+        self, elementwise: ElementwiseStep, tensors: Sequence[TensorStep | None], blank: Sequence[Tensor]
+    ) -> None:
+        if self._scaler is None:
+            elementwise.filter_and_graft()
+        else:
+            elementwise.filter()
+            grads = self._scaler.normalized(self._staged(tensors, blank, "grad"))
+            vectors = self._scaler.normalized(self._staged(tensors, blank, "vector"))
+            elementwise.graft(_returned(grads, tensors), _returned(vectors, tensors))
+
+    def _precondition(
+        self,
+        tensors: Sequence[TensorStep | None],
+        blank: Sequence[Tensor],
+        workspace: tuple[list[Tensor], list[Tensor]],
+        settings: GroupSettings,
+    ) -> None:
+        """Statistics, then roots that are begun or due, then the directions of the blocks whose roots are in force."""
+        schedule = RootSchedule.of(settings)
+        steps = {tensor.step for tensor in tensors if tensor is not None} or {self.last_step}
+        gathered, scratch = workspace
+        self.exchange_bytes = 0
+        grads, vectors = None, None
+        # Both leave at once, so that the second travels while the statistics take in the first.
+        preconditions = any(schedule.preconditions(step) for step in steps)
+        if any(schedule.statistics_due(step) for step in steps):
+            grads = self._gather(self._staged(tensors, blank, "grad", waited_for_later=preconditions))
+        if preconditions:
+            vectors = self._gather(self._staged(tensors, blank, "vector"))
+        self._arrive(grads, gathered)
+        clocks = self._clocks([0 if tensor is None else tensor.step for tensor in tensors], self.last_step)
+        for stack, keeper, stacked, clock in zip(self.stacks, self._keepers, gathered, clocks, strict=True):
+            due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
+            with self._stopwatch.phase("statistics"), matmul_precision(settings.matmul_precision):
+                stack.update(stacked, due, settings.statistics_beta)
+            with self._stopwatch.phase("roots"):
+                keeper.advance(clock, settings)
+        if vectors is not None:
+            self._arrive(vectors, gathered)
+            updates = self._staged(tensors, blank, "update")
+            self._write_directions(gathered, scratch, updates, settings)
+            with self._stopwatch.phase("exchange"):
+                _unstage(updates, tensors)
+
+    def _staged(
+        self,
+        tensors: Sequence[TensorStep | None],
+        blank: Sequence[Tensor],
+        name: Literal["grad", "vector", "update"],
+        waited_for_later: bool = True,
+    ) -> list[Tensor | None]:
+        """A vector of every tensor, on the device of the blocks; whole, since many small copies would be slow.
+
+        Args:
+            blank: what stands for a tensor that takes no part, where others expect its pieces.
+            waited_for_later: the step brings something back afterwards, for which the host waits. Otherwise it waits
+                here: the device reads pinned memory, which the host may write to when the step is over.
+        """
+        return [
+            (own if self.plan.moves else None)
+            if tensor is None
+            else self._stage(getattr(tensor, name), waited_for_later)
+            for tensor, own in zip(tensors, blank, strict=True)
+        ]
+
+    def _stage(self, vector: Tensor, waited_for_later: bool) -> Tensor:
+        if vector.device == self.device:
+            return vector
+        # A copy to the host is waited for: what reads it there would not.
+        return vector.to(self.device, non_blocking=waited_for_later and self.device.type != "cpu")
+
+    def _gather(self, staged: Sequence[Tensor | None]) -> Gathering:
+        self.exchange_bytes += self.plan.gather_bytes
+        with self._stopwatch.phase("exchange"):
+            return self.plan.gather(staged)
+
+    def _arrive(self, gathering: Gathering | None, stacks: Sequence[Tensor]) -> None:
+        if gathering is not None:
+            with self._stopwatch.phase("exchange"):
+                self.plan.finish(gathering, stacks)
+
+    def _write_directions(
+        self,
+        vectors: Sequence[Tensor],
+        scratch: Sequence[Tensor],
+        updates: Sequence[Tensor | None],
+        settings: GroupSettings,
+    ) -> None:
+        """Overwrites the grafting steps of ready blocks by directions of the same norm."""
+        with self._stopwatch.phase("exchange"):
+            squares, flags = self._shared_norms(updates)
+        with self._stopwatch.phase("precondition"), matmul_precision(settings.matmul_precision):
+            directions = [
+                rescaled(
+                    stack.apply(vector, spare) if any(stack.ready) else vector.zero_(),
+                    target_squares(squares[rows], stack.blocks[0].numel, settings.direction_rms, settings.grafting),
+                )
+                for stack, rows, vector, spare in zip(self.stacks, self._rows, vectors, scratch, strict=True)
+            ]
+        ready = {
+            ordinal: stack.ready[slot]
+            for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
+            for slot, ordinal in enumerate(ordinals)
+        }
+        with self._stopwatch.phase("exchange"):
+            self.plan.scatter(directions, updates, ready, flags)
+        self.exchange_bytes += self.plan.scatter_bytes
+
+    def _shared_norms(self, updates: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """By ordinal: the squared norm of each block's grafting step, and above 0 where its owner is ready."""
+        squares = self._norms.squares(updates)
+        if not self.plan.moves:
+            return squares, None
+        flags = torch.zeros_like(squares)
+        for stack, rows in zip(self.stacks, self._rows, strict=True):
+            ready = torch.tensor(stack.ready, dtype=flags.dtype, device="cpu")
+            flags[rows] = ready.to(self.device, non_blocking=True)
+        shared = torch.stack([squares, flags])
+        dist.all_reduce(shared, group=self.table.partition.process_group)
+        return shared[0], shared[1]
+
+    def _clocks(self, steps: Sequence[int], usual: int) -> list[list[int]]:
+        """By stack, the step count of every block's parameter; 0 where it takes no part in this step.
+
+        A rank may own a block of which it holds nothing: all of a flat group's shards count alike.
+
+        Args:
+            steps: by tensor.
+            usual: where this rank holds nothing at all.
+        """
+        by_buffer = steps or [usual]
+        return [
+            [by_buffer[self._buffers.get(block.parameter, 0) if steps else 0] for block in stack.blocks]
+            for stack in self.stacks
+        ]
+
+    def _workspace(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Two tensors [n, *shape] per stack for the time of a step.
+
+        A CPU keeps them, since fresh memory costs it a page fault every 4 KiB; an accelerator's caching allocator
+        gives the same memory out again, and lends it to others meanwhile.
+        """
+        if self._kept is not None:
+            return self._kept
+        gathered, scratch = (
+            [
+                torch.zeros(len(s.blocks), *s.blocks[0].shape, dtype=torch.float32, device=self.device)
+                for s in self.stacks
+            ]
+            for _ in range(2)
+        )
+        if self.device.type == "cpu":
+            self._kept = gathered, scratch
+        return gathered, scratch
+
+
+def _returned(staged: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> list[Tensor]:
+    """Those that there are, on the device where their tensors' elementwise step goes on."""
+    return [
+        vector.to(tensor.grad.device)
+        for vector, tensor in zip(staged, tensors, strict=True)
+        if vector is not None and tensor is not None
+    ]
+
+
+def _unstage(updates: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> None:
+    """Brings updates that were staged elsewhere back to where the elementwise step goes on."""
+    for update, tensor in zip(updates, tensors, strict=True):
+        if tensor is not None and update is not None and update is not tensor.update:
+            tensor.update.copy_(update)
