@@ -77,13 +77,22 @@ class MegatronLayout:
     def device(self, parameter: Tensor) -> torch.device:
         return parameter.device
 
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
     def name(self, name: str, parameter: Tensor) -> str:
         return self._parameters[id(parameter)].name
 
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
         known = self._parameters[id(parameter)]
-        rank, world_size = dist.get_rank(self.slices), dist.get_world_size(self.slices)
-        return sections(known.chunk, known.local_name, parameter, rank, world_size)
+        return sections(
+            known.chunk,
+            known.local_name,
+            parameter,
+            shape=self.shape(parameter),
+            rank=dist.get_rank(self.slices),
+            world_size=dist.get_world_size(self.slices),
+        )
 
     def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
         return concatenated_over_ranks(own)
