@@ -12,6 +12,7 @@ from torch import nn
 
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.config import SettingsError, ShampooConfig, parse
+from ds_shampoo.frameworks.megatron import internals
 
 # What Megatron's own configuration says.
 _MEGATRONS = {
@@ -46,9 +47,10 @@ def refuse_unsupported(
     """Refuses by name what Shampoo does not run under, before anything is built.
 
     Raises:
-        SettingsError: naming the first such feature.
+        SettingsError: naming the first such feature, or what this Megatron has otherwise than Shampoo needs it.
     """
-    ddp = chunks[0].ddp_config
+    internals.check()
+    ddp = internals.data_parallelism(chunks[0])
     refusals = (
         (getattr(config, "optimizer_cpu_offload", False), "config.optimizer_cpu_offload = True"),
         (getattr(config, "use_precision_aware_optimizer", False), "config.use_precision_aware_optimizer = True"),
@@ -73,7 +75,7 @@ def refuse_unsupported(
         (
             shampoo.embedding != "diagonal"
             and dist.get_world_size(groups.pp) > 1
-            and any(getattr(chunk, "share_embeddings_and_output_weights", False) for chunk in _modules(chunks)),
+            and any(internals.shares_embedding(module) for module in _modules(chunks)),
             f"embedding = '{shampoo.embedding}' for an embedding of which two pipeline stages hold a copy",
         ),
     )
