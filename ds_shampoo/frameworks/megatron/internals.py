@@ -7,6 +7,7 @@ collections, the fields of its configurations, its modules' `config`, its layers
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -49,6 +50,15 @@ class Key(Private):
 
 
 @dataclass(frozen=True)
+class Field(Private):
+    """A setting of the owner's, a configuration."""
+
+    def _fault(self, owner: Any) -> str:
+        known = dataclasses.is_dataclass(owner) and self.name in {field.name for field in dataclasses.fields(owner)}
+        return "" if known else "there is no such setting"
+
+
+@dataclass(frozen=True)
 class Function(Private):
     """A function of a module's, called with so many positional arguments and these named ones."""
 
@@ -74,6 +84,9 @@ _CHAINED = "megatron.core.optimizer.optimizer.ChainedOptimizer"
 _SHARDED = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 _REGISTRY = "megatron.core.optimizer.emerging_optimizers"
 _PARALLEL = "megatron.core.distributed.DistributedDataParallel"
+_PARALLEL_CONFIG = "megatron.core.distributed.DistributedDataParallelConfig"
+_CONFIG = "megatron.core.optimizer.optimizer_config.OptimizerConfig"
+_MODEL_CONFIG = "megatron.core.transformer.TransformerConfig"
 _LAYER = "megatron.core.transformer.transformer_layer.TransformerLayer"
 _LANGUAGE = "megatron.core.models.common.language_module.language_module.LanguageModule"
 _SLICING = "megatron.core.tensor_parallel.layers.set_tensor_model_parallel_attributes"
@@ -122,6 +135,24 @@ NAMES: tuple[Private, ...] = (
     Given(_LANGUAGE, marks.EMBEDDING_OR_HEAD),
 )
 
+# Documented settings that are looked at: one of another name would be taken for what it was not.
+SETTINGS: tuple[Private, ...] = (
+    *(Field(_CONFIG, name) for name in ("lr", "weight_decay", "decoupled_weight_decay", "optimizer", "bf16", "fp16")),
+    Field(_CONFIG, "use_distributed_optimizer"),
+    Field(_CONFIG, "use_layer_wise_distributed_optimizer", since=(0, 18)),
+    Field(_CONFIG, "use_precision_aware_optimizer"),
+    Field(_CONFIG, "optimizer_cpu_offload"),
+    Field(_CONFIG, "overlap_param_gather_with_optimizer_step"),
+    Field(_PARALLEL_CONFIG, "use_distributed_optimizer"),
+    Field(_PARALLEL_CONFIG, "use_megatron_fsdp"),
+    Field(_PARALLEL_CONFIG, "num_distributed_optimizer_instances"),
+    Field(_MODEL_CONFIG, "gated_linear_unit"),
+    Field(_MODEL_CONFIG, "attention_output_gate"),
+    *(Field(_MODEL_CONFIG, name) for name in ("kv_channels", "num_query_groups", "num_attention_heads")),
+    *(Field(_MODEL_CONFIG, name) for name in ("num_moe_experts", "mtp_num_layers", "sequence_parallel")),
+    *(Field(_MODEL_CONFIG, name) for name in ("fp8", "fp4", "recompute_granularity")),
+)
+
 # What asks for CUDA, and has something stood in for it where there is none.
 STOOD_IN_FOR: tuple[Private, ...] = (
     Entry(_RANDOM, "_get_cuda_rng_state"),
@@ -142,7 +173,7 @@ def release() -> tuple[int, ...]:
 
 
 def check() -> None:
-    """Holds the installed Megatron-core against `NAMES`, once per process.
+    """Holds the installed Megatron-core against `NAMES` and `SETTINGS`, once per process.
 
     Raises:
         SettingsError: if it is too old, or anything is missing or has become something else, listing all of it.
@@ -157,7 +188,7 @@ def _check(found: tuple[int, ...]) -> None:
     version = megatron.core.__version__
     if found < OLDEST:
         raise SettingsError(f"megatron-core {version}: Shampoo needs {_text(OLDEST)} or newer")
-    _refuse_moved(NAMES)
+    _refuse_moved([*NAMES, *SETTINGS])
     if found[:2] > TESTED[:2] and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(
             "Shampoo was tested with megatron-core %s, not with %s; all that it uses was found there",
@@ -283,7 +314,7 @@ def shares_embedding(module: nn.Module) -> bool:
     return bool(getattr(module, "share_embeddings_and_output_weights", False))
 
 
-def layer_number(module: Any) -> int | None:
+def number_over_stages(module: Any) -> int | None:
     """A layer's number, from 1 on over all pipeline stages; None for what is no layer."""
     number = getattr(module, "layer_number", None)
     return number if isinstance(number, int) else None

@@ -54,7 +54,7 @@ def _numbered_over_stages(chunk: nn.Module, parts: Sequence[str]) -> Iterator[st
     before = ""
     for part in parts:
         module = getattr(module, part, None)
-        number = internals.layer_number(module)
+        number = internals.number_over_stages(module)
         yield str(number - 1) if before == "layers" and number is not None else part
         before = part
 

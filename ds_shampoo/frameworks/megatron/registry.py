@@ -87,10 +87,7 @@ def _refuse_others(config: OptimizerConfig, chunks: Sequence[Any], groups: Proce
             config.use_distributed_optimizer or internals.data_parallelism(chunks[0]).use_distributed_optimizer,
             "config.use_distributed_optimizer = True",
         ),
-        (
-            getattr(config, "use_layer_wise_distributed_optimizer", False),
-            "config.use_layer_wise_distributed_optimizer = True",
-        ),
+        (config.use_layer_wise_distributed_optimizer, "config.use_layer_wise_distributed_optimizer = True"),
         (dist.get_world_size(groups.ep) > 1, "expert_model_parallel_size > 1"),
     )
     for refused, what in refusals:

@@ -52,17 +52,11 @@ def refuse_unsupported(
     internals.check()
     ddp = internals.data_parallelism(chunks[0])
     refusals = (
-        (getattr(config, "optimizer_cpu_offload", False), "config.optimizer_cpu_offload = True"),
-        (getattr(config, "use_precision_aware_optimizer", False), "config.use_precision_aware_optimizer = True"),
-        (
-            getattr(config, "overlap_param_gather_with_optimizer_step", False),
-            "config.overlap_param_gather_with_optimizer_step = True",
-        ),
-        (getattr(ddp, "use_megatron_fsdp", False), "ddp_config.use_megatron_fsdp = True"),
-        (
-            getattr(ddp, "num_distributed_optimizer_instances", 1) > 1,
-            "ddp_config.num_distributed_optimizer_instances > 1",
-        ),
+        (config.optimizer_cpu_offload, "config.optimizer_cpu_offload = True"),
+        (config.use_precision_aware_optimizer, "config.use_precision_aware_optimizer = True"),
+        (config.overlap_param_gather_with_optimizer_step, "config.overlap_param_gather_with_optimizer_step = True"),
+        (ddp.use_megatron_fsdp, "ddp_config.use_megatron_fsdp = True"),
+        (ddp.num_distributed_optimizer_instances > 1, "ddp_config.num_distributed_optimizer_instances > 1"),
         (
             layer_wise and config.use_distributed_optimizer,
             "layer_wise_distributed_optimizer = True with config.use_distributed_optimizer = True",
