@@ -116,7 +116,7 @@ def resolve(path: str) -> Any:
 
 
 def functions(owner: Any) -> Iterator[FunctionType]:
-    """The functions of a class and of those of its bases that are of the same package; those of a module; or one itself.
+    """The functions of a class and of its bases of the same package; those of a module; or one itself.
 
     Where a decorator stands around one, that which it decorates is among them.
     """
