@@ -13,7 +13,7 @@ import pytest
 
 from ds_shampoo import SettingsError
 from ds_shampoo.frameworks.megatron import internals
-from ds_shampoo.frameworks.privates import Entry, Method, Private, functions, resolve
+from ds_shampoo.frameworks.privates import Entry, Field, Function, Method, Private, functions, resolve
 
 megatron = pytest.importorskip("megatron.core")
 PACKAGE = Path(internals.__file__).parents[2]
@@ -107,12 +107,12 @@ def test_the_test_finds_names() -> None:
 def take_away(name: Private, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the installed Megatron one in which the name is another."""
     owner = resolve(name.owner)
-    if isinstance(name, internals.Field):
+    if isinstance(name, Field):
         fields = {key: field for key, field in owner.__dataclass_fields__.items() if key != name.name}
         monkeypatch.setattr(owner, "__dataclass_fields__", fields)
     elif isinstance(name, Method):
         monkeypatch.delattr(next(base for base in owner.__mro__ if name.name in vars(base)), name.name)
-    elif isinstance(name, Entry | internals.Function):
+    elif isinstance(name, Entry | Function):
         monkeypatch.delattr(owner, name.name)
     else:
         for function in set(functions(owner)):

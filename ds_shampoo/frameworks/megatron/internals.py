@@ -7,74 +7,25 @@ collections, the fields of its configurations, its modules' `config`, its layers
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
-import inspect
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ds_shampoo.config import SettingsError
-from ds_shampoo.frameworks.privates import Entry, Given, Method, Private, codes, faults, resolve
+from ds_shampoo.frameworks.privates import Entry, Field, Function, Given, Key, Mark, Method, Private, faults, resolve
 from ds_shampoo.parameters import marks
 
 logger = logging.getLogger("ds_shampoo")
 
 TESTED = (0, 19, 2)
 OLDEST = (0, 16)
-
-
-@dataclass(frozen=True)
-class Mark(Private):
-    """An attribute that the owner's code writes on a parameter by `setattr`."""
-
-    def _fault(self, owner: Any) -> str:
-        written = any("setattr" in code.co_names and self.name in code.co_consts for code in codes(owner))
-        return "" if written else f"nothing in {self.owner} writes it"
-
-
-@dataclass(frozen=True)
-class Key(Private):
-    """A key of the dicts that the owner, a function, gives."""
-
-    def _fault(self, owner: Any) -> str:
-        return "" if any(self.name in _constants(code.co_consts) for code in codes(owner)) else "there is no such key"
-
-
-@dataclass(frozen=True)
-class Field(Private):
-    """A setting of the owner's, a configuration."""
-
-    def _fault(self, owner: Any) -> str:
-        known = dataclasses.is_dataclass(owner) and self.name in {field.name for field in dataclasses.fields(owner)}
-        return "" if known else "there is no such setting"
-
-
-@dataclass(frozen=True)
-class Function(Private):
-    """A function of a module's, called with so many positional arguments and these named ones."""
-
-    positional: int = 0
-    named: tuple[str, ...] = ()
-
-    def _fault(self, owner: Any) -> str:
-        found = getattr(owner, self.name, None)
-        if not isinstance(found, FunctionType):
-            return "there is no such function"
-        signature = inspect.signature(found)
-        try:
-            signature.bind(*[None] * self.positional, **dict.fromkeys(self.named))
-        except TypeError as error:
-            return f"it takes {signature}: {error}"
-        return ""
 
 
 _OPTIMIZERS = "megatron.core.optimizer"
@@ -387,11 +338,6 @@ def stand_in_for_cuda(
     # Gloo gathers equal sizes only; this is Megatron's own other way.
     layer_wise: Any = resolve(_LAYER_WISE)
     layer_wise.allgather_params = layer_wise.broadcast_params
-
-
-def _constants(found: tuple[Any, ...]) -> Iterator[Any]:
-    for constant in found:
-        yield from _constants(constant) if isinstance(constant, tuple) else (constant,)
 
 
 def _text(numbers: tuple[int, ...]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import nn
 
+from ds_shampoo.frameworks.deepspeed.internals import enter_experts
 from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.parameters import marks
 
@@ -37,15 +37,9 @@ def register_experts(model: nn.Module) -> int:
     experts = [parameter for parameter in model.parameters() if marks.is_expert(parameter)]
     if not experts:
         return 0
-    from deepspeed.utils import groups
-
-    parallel = parallel_state.get_expert_model_parallel_group()
-    replicas = parallel_state.get_expert_data_parallel_group()
-    name = f"ep_size_{dist.get_world_size(parallel)}"
-    groups._EXPERT_PARALLEL_GROUP[name] = parallel
-    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(parallel)
-    groups._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(replicas)
-    for parameter in experts:
-        setattr(parameter, "group_name", name)  # noqa: B010
+    enter_experts(
+        experts,
+        parallel=parallel_state.get_expert_model_parallel_group(),
+        replicas=parallel_state.get_expert_data_parallel_group(),
+    )
     return len(experts)
