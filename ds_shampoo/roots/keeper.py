@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
+from ds_shampoo.algorithm.preconditioners import Preconditioner
 from ds_shampoo.algorithm.statistics import bias_correction
 from ds_shampoo.config import GroupSettings
 from ds_shampoo.roots import history
@@ -32,36 +32,36 @@ class RootKeeper:
     """
 
     def __init__(
-        self, preconditioner: ShampooPreconditioner, places: Sequence[int], service: RootService, counts: RootCounts
+        self, preconditioner: Preconditioner, turns: Sequence[int], service: RootService, counts: RootCounts
     ) -> None:
-        """`places` are the slots' in `stagger`'s order."""
-        self._stack, self._places, self._service, self._counts = preconditioner, places, service, counts
+        """`turns` are the slots', by which their boundaries are spread (`schedule.turns_of`)."""
+        self._stack, self._turns, self._service, self._counts = preconditioner, turns, service, counts
         self._blocks = [BlockRoots.fresh(len(preconditioner.factors)) for _ in preconditioner.blocks]
 
-    def prepare(self, clock: Sequence[int], settings: GroupSettings) -> None:
+    def prepare(self, step_counts: Sequence[int], settings: GroupSettings) -> None:
         """Does all that may wait or raise, and changes nothing that counts: the roots which are due at this step are
         solved, and the snapshots which it will take have their buffers.
 
         After any exception, an interrupt's too, it may be called again, for this step or another one.
 
         Args:
-            clock: every slot's step count at the step to come; 0 where it has no gradient then.
+            step_counts: every slot's step count at the step to come; 0 where it has no gradient then.
 
         Raises:
             WorkerError: naming the block, where a root could not be solved, neither by its thread nor here.
         """
         schedule = RootSchedule.of(settings)
-        for slot, step in enumerate(clock):
+        for slot, step in enumerate(step_counts):
             if step == 0:
                 continue
             pending = self._blocks[slot].pending
             due = pending if pending is not None and pending.due(step) else None
             for task in due.tasks if due is not None else ():
                 self._service.settle(task)
-            if schedule.is_boundary(step, self._places[slot]):
+            if schedule.is_boundary(step, self._turns[slot]):
                 self._reserve(slot, due)
 
-    def advance(self, clock: Sequence[int], settings: GroupSettings) -> None:
+    def advance(self, step_counts: Sequence[int], settings: GroupSettings) -> None:
         """Does what falls on this step, after the statistics took it in; waits for nothing that `prepare` settled.
 
         A rejected root leaves the old one in force; `max_root_failures` boundaries with a rejection in a row
@@ -69,20 +69,20 @@ class RootKeeper:
         step of its boundary and can't be solved is left to the next step's `prepare`.
 
         Args:
-            clock: every slot's step count; 0 where it has no gradient at this step.
+            step_counts: every slot's step count; 0 where it has no gradient at this step.
 
         Raises:
             WorkerError: as `prepare` does, where that was not called for this step; nothing is changed then.
         """
-        self.prepare(clock, settings)
+        self.prepare(step_counts, settings)
         schedule, usual = RootSchedule.of(settings), self._service.delay(settings)
-        for slot, step in enumerate(clock):
+        for slot, step in enumerate(step_counts):
             if step == 0:
                 continue
             self._install_due(slot, step, settings)
-            place = self._places[slot]
-            if schedule.is_boundary(step, place) and self._stack.updates[slot]:
-                self._begin(slot, step, schedule.delay(step, place, usual), settings)
+            turn = self._turns[slot]
+            if schedule.is_boundary(step, turn) and self._stack.updates[slot]:
+                self._begin(slot, step, schedule.delay(step, turn, usual), settings)
                 if self._settled_at_once(slot, step):
                     self._install_due(slot, step, settings)
 
@@ -138,7 +138,7 @@ class RootKeeper:
         self._stack.ready[slot] &= int(state.get("order", 0)) in (0, self._order(settings))
         if saved:
             corrections, updates = [float(c) for c in saved["corrections"]], int(saved.get("updates", 0))
-            jobs = self._jobs(block, snapshots, corrections, updates, settings)
+            jobs = self._jobs(block, snapshots, corrections, updates=updates, settings=settings)
             block.pending = self._submit(slot, int(saved["begun_at"]), int(saved["due_at"]), jobs)
 
     def _order(self, settings: GroupSettings) -> int:
@@ -161,7 +161,9 @@ class RootKeeper:
             self._service.transfers.snapshot(factor[slot], buffer)
             for factor, buffer in zip(stack.factors, reserved, strict=True)
         ]
-        jobs = self._jobs(block, snapshots, [correction] * len(snapshots), stack.updates[slot], settings)
+        jobs = self._jobs(
+            block, snapshots, [correction] * len(snapshots), updates=stack.updates[slot], settings=settings
+        )
         block.pending = self._submit(slot, step, step + delay, jobs)
 
     def _jobs(
@@ -169,6 +171,7 @@ class RootKeeper:
         block: BlockRoots,
         snapshots: Sequence[HostCopy],
         corrections: Sequence[float],
+        *,
         updates: int,
         settings: GroupSettings,
     ) -> list[RootJob]:

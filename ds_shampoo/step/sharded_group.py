@@ -13,15 +13,16 @@ from ds_shampoo.algorithm import grafting
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.length import rescaled, target_squares
 from ds_shampoo.algorithm.precision import matmul_precision
-from ds_shampoo.algorithm.preconditioner import PRECONDITIONERS, ShampooPreconditioner
+from ds_shampoo.algorithm.preconditioners import PRECONDITIONERS
 from ds_shampoo.config import DTYPES, GroupSettings
 from ds_shampoo.roots.keeper import RootCounts, RootKeeper
 from ds_shampoo.roots.schedule import RootSchedule
 from ds_shampoo.roots.service import RootService
-from ds_shampoo.sharding.exchange import ExchangePlan, Gathering, StackPlace
+from ds_shampoo.sharding.exchange import ExchangePlan, Gathering, StackSlot
 from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
 from ds_shampoo.sharding.table import BlockTable
 from ds_shampoo.step.elementwise import ElementwiseStep, StepMemory, TensorStep
+from ds_shampoo.step.owned_block import OwnedBlock
 from ds_shampoo.step.stopwatch import Stopwatch
 
 
@@ -35,6 +36,7 @@ class ShardedGroup:
         settings: those that the blocks were built with.
         device: where blocks are kept and preconditioned.
         stacks: this rank's blocks, stacked by shape.
+        owned_blocks: each of them, with the stack, the root keeper and the slot that hold its state.
         counts: what became of their roots.
         exchange_bytes: what this rank sent in the last step.
         last_step: the step count of the group's parameters; the largest where they differ.
@@ -44,18 +46,19 @@ class ShardedGroup:
         self,
         table: BlockTable,
         settings: GroupSettings,
-        exchange_dtype: str,
         device: torch.device,
+        *,
+        exchange_dtype: str,
         service: RootService,
         stopwatch: Stopwatch,
         memory: StepMemory,
-        places: Mapping[Block, int],
+        turns: Mapping[Block, int],
     ) -> None:
         """
         Args:
             device: where blocks are kept and preconditioned; shards may lie on the host (ZeRO-Offload).
             memory: for the vectors of a step; all groups', since they step one after another.
-            places: every block's, in `stagger`'s order.
+            turns: every block's in the rounds of root boundaries.
         """
         self.table, self.settings, self.device = table, settings, device
         self._stopwatch, self._memory = stopwatch, memory
@@ -67,40 +70,55 @@ class ShardedGroup:
         self.stacks = [build([blocks[i] for i in ordinals], device, root_dtype) for ordinals in self._ordinals]
         self.counts = RootCounts()
         self._keepers = [
-            RootKeeper(stack, [places[block] for block in stack.blocks], service, self.counts) for stack in self.stacks
+            RootKeeper(stack, [turns[block] for block in stack.blocks], service, self.counts) for stack in self.stacks
         ]
         stacked = {
-            ordinal: StackPlace(stack, slot)
+            ordinal: StackSlot(stack, slot)
             for stack, ordinals in enumerate(self._ordinals)
             for slot, ordinal in enumerate(ordinals)
         }
-        self.plan = ExchangePlan(blocks, table.pieces, owners, stacked, partition, device, DTYPES[exchange_dtype])
+        self.plan = ExchangePlan(
+            blocks,
+            table.pieces,
+            owners,
+            stack_slots=stacked,
+            partition=partition,
+            device=device,
+            dtype=DTYPES[exchange_dtype],
+        )
         self._norms = PieceNorms(self.plan.sources, len(blocks), device)
         self._scaler: SegmentScaler | None = None
         if grafting.is_normalized(settings.grafting):
-            self._scaler = SegmentScaler(blocks, table.pieces, owners, table.whole, partition, device)
+            self._scaler = SegmentScaler(
+                blocks, table.pieces, owners, whole=table.whole, partition=partition, device=device
+            )
         self._buffers = {f.parameter: f.buffer for f in partition.fragments if f.rank == partition.rank}
-        self._slots_by_parameter: dict[str, list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]] = {}
-        for slot in self.slots():
-            self._slots_by_parameter.setdefault(slot[0].parameter, []).append(slot)
+        self.owned_blocks = [
+            OwnedBlock(block, stack, keeper, slot)
+            for stack, keeper in zip(self.stacks, self._keepers, strict=True)
+            for slot, block in enumerate(stack.blocks)
+        ]
+        self._owned_by_parameter: dict[str, list[OwnedBlock]] = {}
+        for owned in self.owned_blocks:
+            self._owned_by_parameter.setdefault(owned.block.parameter, []).append(owned)
         self._kept: tuple[list[Tensor], list[Tensor]] | None = None
         self.exchange_bytes = 0
         self.last_step = 0
 
-    def prepare(self, held: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings) -> None:
+    def prepare(self, stand_ins: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings) -> None:
         """Waits for what the step to come needs, and fails where that would; to be called again after a failure.
 
         Raises:
             RuntimeError: for a sparse gradient.
             WorkerError: naming the block, where its root can't be computed.
         """
-        for param in held:
+        for param in stand_ins:
             if param.grad is not None and param.grad.is_sparse:
                 raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
-        steps = [self._step_to_come(param, state) for param, state in zip(held, states, strict=True)]
+        steps = [self._step_to_come(param, state) for param, state in zip(stand_ins, states, strict=True)]
         if self.plan.moves or any(steps):
-            for keeper, clock in zip(self._keepers, self._clocks(steps, self.last_step + 1), strict=True):
-                keeper.prepare(clock, settings)
+            for keeper, step_counts in zip(self._keepers, self._step_counts(steps, self.last_step + 1), strict=True):
+                keeper.prepare(step_counts, settings)
 
     def wait_for_roots(self, settings: GroupSettings) -> None:
         """Waits for all that the next step may need.
@@ -113,15 +131,16 @@ class ShardedGroup:
 
     def step(
         self,
-        held: Sequence[Tensor],
+        stand_ins: Sequence[Tensor],
         states: Sequence[dict[str, Any]],
         settings: GroupSettings,
+        *,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         """One step of docs/algorithm.md, after `prepare`.
 
         Args:
-            held: the tensors that stand in the group now: whole parameters, or flat fp32 shards; none where other
+            stand_ins: the tensors that stand in the group now: whole parameters, or flat fp32 shards; none where other
                 ranks hold all of it.
             states: their elementwise state (`new_state`), updated in place.
             begin: called before anything is changed, and after all memory that grows with the model is there.
@@ -129,14 +148,14 @@ class ShardedGroup:
         self._memory.restart()
         tensors = [
             self._tensor_step(param, state, settings) if self._step_to_come(param, state) else None
-            for param, state in zip(held, states, strict=True)
+            for param, state in zip(stand_ins, states, strict=True)
         ]
         present = [tensor for tensor in tensors if tensor is not None]
         if not present and not self.plan.moves:
             return
-        blank = [torch.zeros(0, dtype=torch.float32, device=self.device)] * len(held)
-        if self.plan.moves and len(present) < len(held):  # frozen: others expect its pieces, and pass them over
-            blank = [torch.zeros(param.numel(), dtype=torch.float32, device=self.device) for param in held]
+        blank = [torch.zeros(0, dtype=torch.float32, device=self.device)] * len(stand_ins)
+        if self.plan.moves and len(present) < len(stand_ins):  # frozen: others expect its pieces, and pass them over
+            blank = [torch.zeros(param.numel(), dtype=torch.float32, device=self.device) for param in stand_ins]
         elementwise, workspace = ElementwiseStep(present, settings), self._workspace() if self.table.blocks else None
         begin()
         for tensor in present:
@@ -154,9 +173,8 @@ class ShardedGroup:
         vars(self.counts).update(vars(other.counts))
         self.last_step = other.last_step
         if other.device.type != "meta":
-            for (_, stack, keeper, slot), (_, old, olds_keeper, _) in zip(self.slots(), other.slots(), strict=True):
-                stack.load_block_state(slot, old.block_state(slot))
-                keeper.load_block_state(slot, olds_keeper.block_state(slot), settings)
+            for own, others in zip(self.owned_blocks, other.owned_blocks, strict=True):
+                own.load(others.state(), settings)
         other.let_go()
 
     def let_go(self) -> None:
@@ -182,17 +200,9 @@ class ShardedGroup:
             return {name: states[0] for name, (_, reason) in self.table.blocked.items() if "not trained" not in reason}
         return {name: states[buffer] for name, buffer in self._buffers.items()}
 
-    def slots_of(self, parameter: str) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
-        """As `slots`, of one parameter."""
-        return self._slots_by_parameter.get(parameter, [])
-
-    def slots(self) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
-        """Every owned block with the stack, the root keeper and the slot that hold its state."""
-        return [
-            (block, stack, keeper, slot)
-            for stack, keeper in zip(self.stacks, self._keepers, strict=True)
-            for slot, block in enumerate(stack.blocks)
-        ]
+    def owned_blocks_of(self, parameter: str) -> Sequence[OwnedBlock]:
+        """Those of one parameter."""
+        return self._owned_by_parameter.get(parameter, ())
 
     def _step_to_come(self, param: Tensor, state: Mapping[str, Any]) -> int:
         """The step count that a tensor will have after this step; 0 where it takes no part in it.
@@ -204,7 +214,7 @@ class ShardedGroup:
 
     def _tensor_step(self, param: Tensor, state: dict[str, Any], settings: GroupSettings) -> TensorStep:
         grad = param.grad if param.grad is not None else torch.zeros_like(param)
-        return TensorStep(param, grad, state, settings, self._memory)
+        return TensorStep(param, grad, state, settings=settings, memory=self._memory)
 
     def _filter_and_graft(
         self, elementwise: ElementwiseStep, tensors: Sequence[TensorStep | None], blank: Sequence[Tensor]
@@ -237,13 +247,13 @@ class ShardedGroup:
         if preconditions:
             vectors = self._gather(self._staged(tensors, blank, "vector"))
         self._arrive(grads, gathered)
-        clocks = self._clocks([0 if tensor is None else tensor.step for tensor in tensors], self.last_step)
-        for stack, keeper, stacked, clock in zip(self.stacks, self._keepers, gathered, clocks, strict=True):
-            due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
+        by_stack = self._step_counts([0 if tensor is None else tensor.step for tensor in tensors], self.last_step)
+        for stack, keeper, stacked, step_counts in zip(self.stacks, self._keepers, gathered, by_stack, strict=True):
+            due = [slot for slot, step in enumerate(step_counts) if schedule.statistics_due(step)]
             with self._stopwatch.phase("statistics"), matmul_precision(settings.matmul_precision):
                 stack.update(stacked, due, settings.statistics_beta)
             with self._stopwatch.phase("roots"):
-                keeper.advance(clock, settings)
+                keeper.advance(step_counts, settings)
         if vectors is not None:
             self._arrive(vectors, gathered)
             updates = self._staged(tensors, blank, "update")
@@ -328,7 +338,7 @@ class ShardedGroup:
         dist.all_reduce(shared, group=self.table.partition.process_group)
         return shared[0], shared[1]
 
-    def _clocks(self, steps: Sequence[int], usual: int) -> list[list[int]]:
+    def _step_counts(self, steps: Sequence[int], usual: int) -> list[list[int]]:
         """By stack, the step count of every block's parameter; 0 where it takes no part in this step.
 
         A rank may own a block of which it holds nothing: all of a flat group's shards count alike.
