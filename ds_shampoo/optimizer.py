@@ -107,7 +107,7 @@ class Shampoo(Optimizer):
         momentum: Literal["before", "after"] = "before",
         nesterov: bool = True,
         grafting: Grafting = "adam",
-        preconditioner: Literal["shampoo", "spectral"] = "shampoo",
+        preconditioner: str = "shampoo",
         direction_rms: float | None = None,
         block_size: int = 1024,
         max_preconditioner_dim: int | None = None,
@@ -142,7 +142,7 @@ class Shampoo(Optimizer):
         self._config = config
         self.layout = layout if layout is not None else WholeLayout()
         self._parameters = Parameters(model, self.layout, config)
-        self._subgroups = Subgroups(config, self.layout, self._parameters.order)
+        self._subgroups = Subgroups(config, self.layout, self._parameters.model_order)
         self._records = GroupRecords(config, self._subgroups)
         self._announcement = Announcement(self._subgroups, by_name_only=not self._parameters.have_names)
         self._transaction = Transaction()
