@@ -26,7 +26,7 @@ from ds_shampoo.parameters import wrappers
 from ds_shampoo.parameters.reading import Parameters
 from ds_shampoo.report.announcement import Announcement
 from ds_shampoo.report.metrics import collect
-from ds_shampoo.sharding.partition import Layout, WholeLayout
+from ds_shampoo.sharding.layout import Layout, WholeLayout
 from ds_shampoo.state import resuming
 from ds_shampoo.state.group_records import GroupRecords
 from ds_shampoo.state.shown import ShownBlocks, with_blocks

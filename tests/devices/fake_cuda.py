@@ -40,8 +40,9 @@ from ds_shampoo.roots.jobs import RootAnswer, RootJob, Verdict
 from ds_shampoo.roots.pool import InlineExecutor
 from ds_shampoo.roots.transfer import Transfers
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.partition import LogicalParameter, Partition, WholeLayout
-from ds_shampoo.step import subgroups
+from ds_shampoo.sharding.layout import WholeLayout
+from ds_shampoo.sharding.partition import LogicalParameter, Partition
+from ds_shampoo.step import units
 
 CUDA = torch.device("cuda", 0)
 RANK, WORLD_SIZE = 1, 4

@@ -15,7 +15,8 @@ from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.frameworks.megatron.names import Place
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
+from ds_shampoo.sharding.layout import Layout
+from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
 
 _Said = TypeVar("_Said")
@@ -47,7 +48,7 @@ def runs_of(wrapper: MegatronOptimizer) -> dict[int, Run]:
     return runs
 
 
-class MegatronLayout:
+class MegatronLayout(Layout):
     """One for all of Megatron's ways: every rank says which runs it holds, and all ranks hear it.
 
     A rank may hold nothing of a param group, and own blocks of it all the same.
@@ -71,12 +72,6 @@ class MegatronLayout:
         self._places, self._runs = places, runs
         self.replicas, self.slices = replicas, slices
 
-    def in_training(self) -> bool:
-        return True
-
-    def device(self, parameter: Tensor) -> torch.device:
-        return parameter.device
-
     def name(self, name: str, parameter: Tensor) -> str:
         return self._places[id(parameter)].name
 
@@ -91,16 +86,7 @@ class MegatronLayout:
     def everyones(self, rounds: Rounds) -> Rounds:
         return union_over_ranks(rounds)
 
-    def parts(self, index: int) -> None:
-        return None
-
-    def absent(self, tensor: Tensor) -> bool:
-        return False
-
-    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
-        return originals
-
-    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
+    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
         names = {id(member.tensor): member.name for member in members}
         rank, world_size = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
         own: list[Fragment] = []
