@@ -42,7 +42,7 @@ from ds_shampoo.roots.transfer import Transfers
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.layout import WholeLayout
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
-from ds_shampoo.step import units
+from ds_shampoo.step import subgroups
 
 CUDA = torch.device("cuda", 0)
 RANK, WORLD_SIZE = 1, 4

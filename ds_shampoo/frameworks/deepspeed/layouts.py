@@ -15,7 +15,7 @@ from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.frameworks.deepspeed.experts import expert_group, global_name
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.layout import Layout
-from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
+from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition, whole_fragments
 
 _Said = TypeVar("_Said")

@@ -16,7 +16,7 @@ from ds_shampoo.frameworks.megatron.names import Place
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.layout import Layout
-from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
+from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
 
 _Said = TypeVar("_Said")
@@ -86,7 +86,7 @@ class MegatronLayout(Layout):
     def everyones(self, rounds: Rounds) -> Rounds:
         return union_over_ranks(rounds)
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         names = {id(member.tensor): member.name for member in members}
         rank, world_size = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
         own: list[Fragment] = []
