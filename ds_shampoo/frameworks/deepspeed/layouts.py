@@ -45,7 +45,12 @@ def layout_for(engine: Any) -> Layout:
     return FlatLayout(engine) if stage else ReplicatedLayout(engine)
 
 
-class _EngineLayout(Layout):
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has taken its elements away and left the shape in `ds_shape`."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class _EngineLayout:
     """What all layouts under an engine share."""
 
     keeps_blocks_apart = True
@@ -61,6 +66,9 @@ class _EngineLayout(Layout):
 
     def device(self, parameter: Tensor) -> torch.device:
         return torch.device(self._present_engine().device)
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return full_shape(parameter)
 
     def name(self, name: str, parameter: Tensor) -> str:
         """Asks the `mpu`, where it knows (that of GPTPipeline does)."""
