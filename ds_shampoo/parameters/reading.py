@@ -11,7 +11,8 @@ from ds_shampoo import accelerators
 from ds_shampoo.algorithm import selection
 from ds_shampoo.config import ShampooConfig
 from ds_shampoo.parameters import marks, patterns, wrappers
-from ds_shampoo.sharding.partition import Layout, LogicalParameter
+from ds_shampoo.sharding.layout import Layout
+from ds_shampoo.sharding.partition import LogicalParameter
 
 
 class Parameters:

@@ -50,7 +50,7 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-class _EngineLayout:
+class _EngineLayout(Layout):
     """What all layouts under an engine share."""
 
     keeps_blocks_apart = True

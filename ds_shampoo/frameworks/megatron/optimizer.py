@@ -79,7 +79,7 @@ def get_megatron_shampoo_optimizer(
         if not wrapper.is_stub_optimizer:
             _put_in_place(wrapper, model_chunks, members, found, groups, shampoo)
     inner = list(whole.inner())
-    _share_places(inner, names_over_ranks([parameter.name for parameter in found.values()]))
+    _share_turns(inner, names_over_ranks([parameter.name for parameter in found.values()]))
     for optimizer in inner:
         optimizer.prepare()
     return whole
