@@ -21,8 +21,8 @@ from ds_shampoo.frameworks.megatron.layout import MegatronLayout
 from ds_shampoo.frameworks.megatron.names import ModelParameter, model_parameters
 from ds_shampoo.frameworks.megatron.support import checked, refuse_unsupported
 from ds_shampoo.optimizer import Shampoo
-from ds_shampoo.roots.schedule import stagger
-from ds_shampoo.sharding.order import by_name, names_over_ranks
+from ds_shampoo.roots.schedule import turns_of
+from ds_shampoo.sharding.model_order import by_name, names_over_ranks
 
 
 class ShampooChainedOptimizer(WithBlocks, ChainedOptimizer):  # type: ignore[misc]
@@ -63,7 +63,7 @@ def get_megatron_shampoo_optimizer(
     """
     shampoo = checked(config, settings)
     groups = pg_collection if pg_collection is not None else ProcessGroupCollection.use_mpu_process_groups()
-    refuse_unsupported(config, model_chunks, groups, shampoo, layer_wise_distributed_optimizer)
+    refuse_unsupported(config, model_chunks, groups, shampoo=shampoo, layer_wise=layer_wise_distributed_optimizer)
     members = internals.param_groups(model_chunks, config, config_overrides)
     with _as_adam(config, layer_wise_distributed_optimizer):
         chained = get_megatron_optimizer(config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection)
@@ -77,29 +77,30 @@ def get_megatron_shampoo_optimizer(
         whole = ShampooChainedOptimizer(wrappers)
     found = model_parameters(model_chunks)
     for wrapper in internals.stepping(whole):
-        _put_in_place(wrapper, model_chunks, members, found, groups, shampoo)
+        _put_in_place(wrapper, model_chunks, members=members, found=found, groups=groups, shampoo=shampoo)
     inner = list(whole.inner())
-    _share_places(inner, names_over_ranks([parameter.name for parameter in found.values()]))
+    _share_turns(inner, names_over_ranks([parameter.name for parameter in found.values()]))
     for optimizer in inner:
         optimizer.prepare()
     return whole
 
 
-def _share_places(optimizers: Sequence[Shampoo], names: Sequence[str]) -> None:
+def _share_turns(optimizers: Sequence[Shampoo], names: Sequence[str]) -> None:
     """Spreads the boundaries of several optimizers' blocks as if one had them all, before they step.
 
     Args:
         names: those of all parameters, in the model's order.
     """
-    blocks = by_name({block for optimizer in optimizers for block in optimizer.places}, names)
-    places = dict(zip(blocks, stagger(blocks, 0), strict=True))
+    blocks = by_name({block for optimizer in optimizers for block in optimizer.turns}, names)
+    turns = dict(zip(blocks, turns_of(blocks, 0), strict=True))
     for optimizer in optimizers:
-        optimizer.places = places
+        optimizer.take_turns(turns)
 
 
 def _put_in_place(
     wrapper: MegatronOptimizer,
     chunks: Sequence[nn.Module],
+    *,
     members: Sequence[Mapping[str, Any]],
     found: Mapping[int, ModelParameter],
     groups: ProcessGroupCollection,

@@ -74,7 +74,7 @@ def register_emerging_optimizer(**settings: Any) -> bool:
 
     def arguments(config: OptimizerConfig, chunks: list[nn.Module], groups: ProcessGroupCollection) -> dict[str, Any]:
         shampoo = checked(config, settings)
-        refuse_unsupported(config, chunks, groups, shampoo, layer_wise=False)
+        refuse_unsupported(config, chunks, groups, shampoo=shampoo, layer_wise=False)
         _refuse_others(config, chunks, groups)
         return {"chunks": chunks, "replicas": groups.dp_cp, "slices": groups.tp, "settings": shampoo}
 

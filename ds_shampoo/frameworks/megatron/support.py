@@ -41,6 +41,7 @@ def refuse_unsupported(
     config: OptimizerConfig,
     chunks: Sequence[Any],
     groups: ProcessGroupCollection,
+    *,
     shampoo: ShampooConfig,
     layer_wise: bool,
 ) -> None:
