@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ds_shampoo.config import SettingsError
 from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.frameworks.megatron_deepspeed import mpu
+from ds_shampoo.frameworks.protocols import NamesWholeModel
 from ds_shampoo.parameters import marks
 
 _POSITIONS = ("learned_absolute", "rope", "none")
@@ -157,7 +158,7 @@ class Ranks:
     def __init__(self, grid: Any) -> None:
         self._grid = grid
 
-    def shampoo_name(self, model: GPTPipeline, name: str) -> str:
+    def shampoo_name(self, model: NamesWholeModel, name: str) -> str:
         """A parameter's name among those of all stages."""
         return model.whole_model_name(name)
 
