@@ -7,7 +7,7 @@ import dis
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -65,13 +65,45 @@ class Method(Private):
         found = getattr(owner, self.name, None)
         if not callable(found):
             return "there is no such method"
-        signature = inspect.signature(found)
-        try:
-            if not self.passed_on:
-                signature.bind(*[None] * (1 + self.positional), **dict.fromkeys(self.named))
-        except TypeError as error:
-            return f"it takes {signature}: {error}"
-        return ""
+        return "" if self.passed_on else _call_fault(found, 1 + self.positional, self.named)
+
+
+@dataclass(frozen=True)
+class Function(Private):
+    """A function of the owner's, a module, called with so many positional arguments and these named ones."""
+
+    positional: int = 0
+    named: tuple[str, ...] = ()
+
+    def _fault(self, owner: Any) -> str:
+        found = getattr(owner, self.name, None)
+        return _call_fault(found, self.positional, self.named) if callable(found) else "there is no such function"
+
+
+@dataclass(frozen=True)
+class Mark(Private):
+    """An attribute that the owner's code writes on a parameter by `setattr`."""
+
+    def _fault(self, owner: Any) -> str:
+        written = any("setattr" in code.co_names and self.name in code.co_consts for code in codes(owner))
+        return "" if written else f"nothing in {self.owner} writes it"
+
+
+@dataclass(frozen=True)
+class Key(Private):
+    """A key of the dicts that the owner, a function, gives."""
+
+    def _fault(self, owner: Any) -> str:
+        return "" if any(self.name in _flat(code.co_consts) for code in codes(owner)) else "there is no such key"
+
+
+@dataclass(frozen=True)
+class Field(Private):
+    """A setting of the owner's, a configuration."""
+
+    def _fault(self, owner: Any) -> str:
+        known = is_dataclass(owner) and self.name in {field.name for field in fields(owner)}
+        return "" if known else "there is no such setting"
 
 
 @dataclass(frozen=True)
@@ -141,6 +173,20 @@ def codes(owner: Any) -> Iterator[CodeType]:
         code = waiting.pop()
         yield code
         waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+def _call_fault(called: Callable[..., Any], positional: int, named: Iterable[str]) -> str:
+    signature = inspect.signature(called)
+    try:
+        signature.bind(*[None] * positional, **dict.fromkeys(named))
+    except TypeError as error:
+        return f"it takes {signature}: {error}"
+    return ""
+
+
+def _flat(constants: Iterable[Any]) -> Iterator[Any]:
+    for constant in constants:
+        yield from _flat(constant) if isinstance(constant, tuple) else (constant,)
 
 
 def _unwrapped(member: Any) -> Iterator[FunctionType]:

@@ -49,7 +49,7 @@ def named(model: nn.Module | None, groups: Iterable[Iterable[LogicalParameter]],
         aliases = selection.aliases(model)
         for tensor in model.parameters():
             own = aliases[id(tensor)]
-            yield Named((*own, layout.name(own[0], tensor)), selection.full_shape(tensor))
+            yield Named((*own, layout.name(own[0], tensor)), layout.shape(tensor))
 
 
 def check(

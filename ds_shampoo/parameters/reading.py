@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ds_shampoo import accelerators
 from ds_shampoo.algorithm import selection
 from ds_shampoo.config import ShampooConfig
-from ds_shampoo.parameters import patterns, wrappers
+from ds_shampoo.parameters import marks, patterns, wrappers
 from ds_shampoo.sharding.partition import Layout, LogicalParameter
 
 
@@ -25,7 +25,8 @@ class Parameters:
     def __init__(self, model: nn.Module | None, layout: Layout, config: ShampooConfig) -> None:
         self._model, self._layout, self._config = model, layout, config
         self._names = selection.names(model) if model is not None else {}
-        self._kinds = selection.kinds(model) if model is not None else {}
+        self._reader = selection.Reader(layout.shape, marks.is_embedding_or_head)
+        self._kinds = selection.kinds(model, self._reader) if model is not None else {}
         self._aliases = selection.aliases(model) if model is not None else {}
         self.order = tuple(self._names)
         self.have_names = bool(self._aliases)
@@ -47,8 +48,8 @@ class Parameters:
         own_name = name or self._names.get(id(tensor), f"param_{position}")
         unfit = wrappers.check_parameter(own_name, tensor)
         accelerators.check_parameter(own_name, tensor)
-        name, shape = self._layout.name(own_name, tensor), selection.full_shape(tensor)
-        found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor)
+        name, shape = self._layout.name(own_name, tensor), self._layout.shape(tensor)
+        found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor, self._reader)
         known_as = patterns.Named((*self._aliases.get(id(tensor), ()), own_name, name), shape)
         kind = patterns.overruled(self._config, known_as, found)
         return LogicalParameter(

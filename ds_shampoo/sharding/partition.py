@@ -81,6 +81,9 @@ class Layout(Protocol):
     def device(self, parameter: Tensor) -> torch.device:
         """Where blocks are kept and preconditioned: that of the model's compute, wherever shards lie."""
 
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """A parameter's full shape on this rank, also where the framework has taken its elements away."""
+
     def name(self, name: str, parameter: Tensor) -> str:
         """A parameter's name among those of all ranks, from its name in this rank's model."""
 
@@ -125,6 +128,9 @@ class WholeLayout:
 
     def device(self, parameter: Tensor) -> torch.device:
         return parameter.device
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(parameter.shape)
 
     def name(self, name: str, parameter: Tensor) -> str:
         return name

@@ -12,14 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_shampoo.frameworks.deepspeed.internals import (
-    expert_group,
-    expert_rank,
-    is_expert,
-    mark_as_having_experts,
-    replicas,
-)
-from ds_shampoo.sharding.order import EXPERT
+from ds_shampoo.frameworks.deepspeed.internals import expert_group, expert_rank, mark_as_having_experts, replicas
+from ds_shampoo.parameters.marks import is_expert
+from ds_shampoo.sharding.expert_names import expert_name
 from ds_shampoo.state.files import BlockReader, CheckpointError
 
 _WEIGHT = "weight"
@@ -34,15 +29,13 @@ def global_name(model: nn.Module, name: str, parameter: Tensor) -> str:
     group = expert_group(parameter)
     if group is None:
         return name
-    found = EXPERT.match(name)
+    found = expert_name(name)
     if found is None:
         raise ValueError(
             f"parameter '{name}' is an expert's, but its name does not tell which expert's: with Megatron leave "
             "moe_grouped_gemm out"
         )
-    local: Any = model.get_submodule(found["before"].removesuffix("."))
-    number = int(found["number"]) + expert_rank(group) * len(local)
-    return f"{found['before']}{number}{found['after']}"
+    return str(found.numbered_from(expert_rank(group) * found.beside(model)))
 
 
 def foreign_experts(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_shampoo.frameworks.host import Host
-from ds_shampoo.frameworks.privates import Entry, Given, Method, Private
+from ds_shampoo.frameworks.privates import Entry, Function, Given, Method, Private
+from ds_shampoo.parameters import marks
 
 _CONFIG = "deepspeed.runtime.config.DeepSpeedConfig"
 _ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
@@ -71,9 +72,9 @@ NAMES: tuple[Private, ...] = (
     Given(_PIECES, "ds_tensor"),  # this rank's piece of it, padded,
     Given(_PIECES, "partition_numel"),  # and the length of a piece, a function
     # Experts: marks on their parameters, and where groups of ranks are looked up by the name in a mark.
-    Given(_EXPERTS, "allreduce"),
+    Given(_EXPERTS, marks.EXPERT),
     Given(_EXPERTS, "group_name"),
-    Entry(_GROUPS, "_get_expert_parallel_rank"),
+    Function(_GROUPS, "_get_expert_parallel_rank", positional=1),
     Entry(_GROUPS, "_EXPERT_PARALLEL_GROUP", kind=dict),
     Entry(_GROUPS, "_EXPERT_PARALLEL_GROUP_RANKS", kind=dict, since=(0, 17, 1)),
     Entry(_GROUPS, "_EXPERT_DATA_PARALLEL_GROUP", kind=dict),
@@ -304,19 +305,14 @@ def piece_numel(parameter: Tensor) -> int:
 # Experts, of DeepSpeed's own layers and of others', that are marked alike.
 
 
-def is_expert(parameter: Tensor) -> bool:
-    """Whether ranks hold others in a parameter's place."""
-    return not getattr(parameter, "allreduce", True)
-
-
 def expert_group(parameter: Tensor) -> str | None:
     """The name of an expert parameter's group, None for a parameter that all data-parallel ranks share."""
-    return str(DEEPSPEED.of(parameter, "group_name")) if is_expert(parameter) else None
+    return str(DEEPSPEED.of(parameter, "group_name")) if marks.is_expert(parameter) else None
 
 
 def has_unknown_group(parameter: Tensor) -> bool:
     """Whether a parameter is marked as an expert's, without a group among whose ranks experts lie."""
-    return is_expert(parameter) and not hasattr(parameter, "group_name")
+    return marks.is_expert(parameter) and not hasattr(parameter, "group_name")
 
 
 def expert_rank(group: str) -> int:
