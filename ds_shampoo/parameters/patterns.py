@@ -13,7 +13,8 @@ from torch import nn
 from ds_shampoo.algorithm import selection
 from ds_shampoo.algorithm.selection import Kind, Role
 from ds_shampoo.config import SettingsError, ShampooConfig
-from ds_shampoo.sharding.partition import Layout, LogicalParameter
+from ds_shampoo.sharding.layout import Layout
+from ds_shampoo.sharding.partition import LogicalParameter
 
 ROLES = {"weight": Role.WEIGHT, "embedding": Role.EMBEDDING, "head": Role.HEAD, "none": Role.NONE}
 

@@ -11,14 +11,15 @@ from ds_shampoo import accelerators
 from ds_shampoo.algorithm import selection
 from ds_shampoo.config import ShampooConfig
 from ds_shampoo.parameters import marks, patterns, wrappers
-from ds_shampoo.sharding.partition import Layout, LogicalParameter
+from ds_shampoo.sharding.layout import Layout
+from ds_shampoo.sharding.partition import LogicalParameter
 
 
 class Parameters:
     """Reads a model, and makes logical parameters of what its user passes.
 
     Attributes:
-        order: the ids of the model's parameters in its order; empty where no model is known.
+        model_order: the ids of the model's parameters in its order; empty where no model is known.
         have_names: whether embeddings and heads can be told by more than the names that the user passes.
     """
 
@@ -28,7 +29,7 @@ class Parameters:
         self._reader = selection.Reader(layout.shape, marks.is_embedding_or_head)
         self._kinds = selection.kinds(model, self._reader) if model is not None else {}
         self._aliases = selection.aliases(model) if model is not None else {}
-        self.order = tuple(self._names)
+        self.model_order = tuple(self._names)
         self.have_names = bool(self._aliases)
 
     def logical(self, member: Any, excluded: bool, position: int) -> LogicalParameter:

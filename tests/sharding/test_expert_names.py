@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from ds_shampoo.sharding.expert_names import ExpertName, expert_name
-from ds_shampoo.sharding.order import model_order
+from ds_shampoo.sharding.model_order import model_order
 
 DEEPSPEED = "layers.1.mlp.deepspeed_moe.experts.deepspeed_experts.{}.up.weight"
 SEQUENTIAL = "decoder.layers.1.mlp.experts.local_experts.{}.linear_fc1.weight"

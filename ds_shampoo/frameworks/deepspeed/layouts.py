@@ -15,8 +15,9 @@ from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.experts import global_name
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
+from ds_shampoo.sharding.layout import Layout
+from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
+from ds_shampoo.sharding.partition import LogicalParameter, Partition, whole_fragments
 
 _Said = TypeVar("_Said")
 
@@ -39,11 +40,10 @@ def layout_for(engine: Any) -> Layout:
     return FlatLayout(engine) if stage else ReplicatedLayout(engine)
 
 
-class _EngineLayout:
+class _EngineLayout(Layout):
     """What all layouts under an engine share."""
 
     keeps_blocks_apart = True
-    steps_empty = False
 
     def __init__(self, engine: Any) -> None:
         self._engine = weakref.ref(engine)
@@ -80,15 +80,6 @@ class _EngineLayout:
         """Under pipeline, expert and tensor parallelism other ranks have other blocks; ranks are ordered by stage."""
         return union_over_ranks(rounds) if internals.divides_the_model(self._present_engine()) else rounds
 
-    def parts(self, index: int) -> Sequence[Tensor] | None:
-        return None
-
-    def absent(self, tensor: Tensor) -> bool:
-        return False
-
-    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
-        return originals
-
     def _prove(self, parameter: LogicalParameter, *, start: int, master: Tensor, offset: int, present: Tensor) -> None:
         """Holds a reading of the layout against the data: master weights, rounded, are those that the model uses.
 
@@ -119,13 +110,13 @@ class _EngineLayout:
 class ReplicatedLayout(_EngineLayout):
     """Stage 0: every rank holds every parameter whole, as itself or as an fp32 master copy of it."""
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         trained = members
-        if len(held) != len(members):  # master copies are made of what is trained, in the same order
+        if len(stand_ins) != len(members):  # master copies are made of what is trained, in the same order
             trained = [p for p in members if p.tensor.requires_grad and p.tensor.numel()]
-        if [tuple(tensor.shape) for tensor in held] != [parameter.shape for parameter in trained]:
+        if [tuple(tensor.shape) for tensor in stand_ins] != [parameter.shape for parameter in trained]:
             raise _misread("the master copies do not have the parameters' shapes")
-        for parameter, tensor in zip(trained, held, strict=True):
+        for parameter, tensor in zip(trained, stand_ins, strict=True):
             if tensor is not parameter.tensor:
                 present = parameter.tensor.reshape(-1)
                 self._prove(parameter, start=0, master=tensor, offset=0, present=present)
@@ -158,14 +149,14 @@ class FlatLayout(_EngineLayout):
     did to the order and padding.
     """
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        if len(held) != 1 or held[0].dim() != 1:
-            raise _misread(f"expected one flat tensor per param group, found {[tuple(t.shape) for t in held]}")
-        flattened = self._flattened(held[0])
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
+        if len(stand_ins) != 1 or stand_ins[0].dim() != 1:
+            raise _misread(f"expected one flat tensor per param group, found {[tuple(t.shape) for t in stand_ins]}")
+        flattened = self._flattened(stand_ins[0])
         trained = [p for p in members if id(p.tensor) in flattened and p.tensor.numel()]
         if not trained:
             raise _misread("a flat tensor holds no parameter of its param group")
-        flat, group = held[0], internals.sharers(trained[0].tensor)
+        flat, group = stand_ins[0], internals.sharers(trained[0].tensor)
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         base = min(parameter.tensor.data_ptr() for parameter in trained)
         fragments = [
@@ -205,10 +196,10 @@ class SubGroupLayout(_EngineLayout):
         groups = self._sub_groups()
         return tensor.numel() < groups.sizes[_number(groups, [tensor])]
 
-    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         """Those of the sub-group, and with the first of a param group those that nobody trains, in no sub-group."""
         groups = self._sub_groups()
-        number = _number(groups, held)
+        number = _number(groups, stand_ins)
         by_tensor = {id(parameter.tensor): parameter for parameter in originals}
         tensors = groups.parameters[number]
         if any(id(tensor) not in by_tensor for tensor in tensors):
@@ -219,9 +210,9 @@ class SubGroupLayout(_EngineLayout):
         placed = {id(tensor) for group in groups.parameters for tensor in group}
         return mine + [parameter for parameter in originals if id(parameter.tensor) not in placed]
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        groups, flat = self._sub_groups(), held[0]
-        number = _number(groups, held)
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
+        groups, flat = self._sub_groups(), stand_ins[0]
+        number = _number(groups, stand_ins)
         mine = {id(tensor) for tensor in groups.parameters[number]}
         group = groups.process_group(number)
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -246,10 +237,10 @@ class SubGroupLayout(_EngineLayout):
         return internals.SubGroups.of(self._present_engine().optimizer)
 
 
-def _number(groups: internals.SubGroups, held: Sequence[Tensor]) -> int:
-    """Which sub-group's flat tensor is held."""
-    found = [number for number, flat in enumerate(groups.flats) if flat is held[0]]
-    if len(held) != 1 or len(found) != 1:
+def _number(groups: internals.SubGroups, stand_ins: Sequence[Tensor]) -> int:
+    """Which sub-group's flat tensor stands in."""
+    found = [number for number, flat in enumerate(groups.flats) if flat is stand_ins[0]]
+    if len(stand_ins) != 1 or len(found) != 1:
         raise _misread("expected the flat tensor of one sub-group at a time")
     return found[0]
 

@@ -14,13 +14,14 @@ from ds_shampoo.frameworks.megatron.internals import Run
 from ds_shampoo.frameworks.megatron.names import ModelParameter
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
+from ds_shampoo.sharding.layout import Layout
+from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
 
 _Said = TypeVar("_Said")
 
 
-class MegatronLayout:
+class MegatronLayout(Layout):
     """One for all of Megatron's ways: every rank says which runs it holds, and all ranks hear it.
 
     A rank may hold nothing of a param group, and own blocks of it all the same.
@@ -73,21 +74,12 @@ class MegatronLayout:
     def everyones(self, rounds: Rounds) -> Rounds:
         return union_over_ranks(rounds)
 
-    def parts(self, index: int) -> None:
-        return None
-
-    def absent(self, tensor: Tensor) -> bool:
-        return False
-
-    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
-        return originals
-
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         names = {id(member.tensor): member.name for member in members}
         rank, world_size = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
         own: list[Fragment] = []
         runs = self._runs()
-        for buffer, tensor in enumerate(held):
+        for buffer, tensor in enumerate(stand_ins):
             parameter, start = runs[id(tensor)]
             name = names[id(parameter)]
             present = parameter.detach().view(-1)[start : start + tensor.numel()]
@@ -98,4 +90,4 @@ class MegatronLayout:
             own.append(Fragment(name, start, tensor.numel(), rank, buffer, 0))
         everyones: list[Any] = [own] * world_size
         dist.all_gather_object(everyones, own, group=self.replicas)
-        return Partition([fragment for held in everyones for fragment in held], rank, world_size, self.replicas)
+        return Partition([fragment for run in everyones for fragment in run], rank, world_size, self.replicas)
