@@ -9,11 +9,6 @@ about its config (`zero_optimization_stage()`, ...), what `deepspeed.initialize`
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
-import os
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_shampoo.config import SettingsError
-from ds_shampoo.frameworks.privates import Entry, Given, Method, Private, faults
+from ds_shampoo.frameworks.host import Host
+from ds_shampoo.frameworks.privates import Entry, Function, Given, Method, Private
 from ds_shampoo.parameters import marks
-
-logger = logging.getLogger("ds_shampoo")
-
-TESTED = (0, 19, 8)
-OLDEST = (0, 16)
 
 _CONFIG = "deepspeed.runtime.config.DeepSpeedConfig"
 _ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
@@ -60,7 +50,6 @@ NAMES: tuple[Private, ...] = (
     Given(_ENGINE, "monitor"),
     Given(_ENGINE, "global_samples"),
     Given(_ENGINE, "checkpoint_engine"),
-    Method(_ENGINE, "_configure_lr_scheduler", passed_on=True),
     Method(_ENGINE, "_copy_recovery_script", passed_on=True),
     Given(_PIPELINE, "tied_modules"),
     Method(_PIPELINE, "num_pipeline_stages"),
@@ -85,7 +74,7 @@ NAMES: tuple[Private, ...] = (
     # Experts: marks on their parameters, and where groups of ranks are looked up by the name in a mark.
     Given(_EXPERTS, marks.EXPERT),
     Given(_EXPERTS, "group_name"),
-    Entry(_GROUPS, "_get_expert_parallel_rank"),
+    Function(_GROUPS, "_get_expert_parallel_rank", positional=1),
     Entry(_GROUPS, "_EXPERT_PARALLEL_GROUP", kind=dict),
     Entry(_GROUPS, "_EXPERT_PARALLEL_GROUP_RANKS", kind=dict, since=(0, 17, 1)),
     Entry(_GROUPS, "_EXPERT_DATA_PARALLEL_GROUP", kind=dict),
@@ -107,47 +96,14 @@ STOOD_IN_FOR: tuple[Private, ...] = (
 )
 
 
-def release() -> tuple[int, ...]:
-    """The installed DeepSpeed's release; one later than all where its version has no numbers."""
-    import deepspeed
-
-    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", deepspeed.__version__)
-    return tuple(int(number or 0) for number in numbers.groups()) if numbers else (sys.maxsize,)
-
-
-def check() -> None:
-    """Holds the installed DeepSpeed against `NAMES`, once per process.
-
-    Raises:
-        SettingsError: if it is too old, or anything is missing or has become something else, listing all of it.
-    """
-    _check(release())
-
-
-@functools.cache
-def _check(found: tuple[int, ...]) -> None:
-    import deepspeed
-
-    if found < OLDEST:
-        raise SettingsError(f"DeepSpeed {deepspeed.__version__}: Shampoo needs {_text(OLDEST)} or newer")
-    moved = faults([*NAMES, *STOOD_IN_FOR], found)
-    if moved:
-        raise SettingsError(
-            f"DeepSpeed {deepspeed.__version__} lacks what Shampoo needs of it, or has it otherwise: "
-            f"{'; '.join(moved)}. Shampoo was tested with DeepSpeed {_text(TESTED)}: install that"
-        )
-    if found[:2] > TESTED[:2] and int(os.environ.get("RANK", "0")) == 0:
-        logger.warning(
-            "Shampoo was tested with DeepSpeed %s, not with %s; all that it uses was found there",
-            _text(TESTED),
-            deepspeed.__version__,
-        )
+# What is found out about the installed release; to be checked before an engine trains.
+DEEPSPEED = Host("DeepSpeed", "deepspeed", tested=(0, 19, 8), oldest=(0, 16), names=NAMES + STOOD_IN_FOR)
 
 
 # What is asked of engines that are being set up, and may not have it yet: `check` has seen that they will.
 
 
-def json_of(engine: Any) -> Any:
+def config_of(engine: Any) -> Any:
     """The config from which an engine is built, as a dict; None where it has none yet."""
     return getattr(getattr(engine, "_config", None), "_param_dict", None)
 
@@ -178,64 +134,47 @@ def sequence_parallel_size(engine: Any) -> int:
     return int(getattr(engine, "sequence_parallel_size", 1))
 
 
-def waits_for_optimizer(engine: Any) -> bool:
-    """Whether an engine is to have an optimizer, and has none yet."""
-    if getattr(engine, "optimizer", None) is not None or getattr(engine, "basic_optimizer", None) is not None:
-        return False
-    return getattr(engine, "client_optimizer", None) is not None or engine.optimizer_name() is not None
-
-
-def before_the_schedule(engine: Any, action: Callable[[], None]) -> None:
-    """Calls `action` when an engine that is being built has its optimizer in place, and before its user has it.
-
-    DeepSpeed has no hook for that; the schedule is what it sets up next. So the engine's own method is replaced for
-    one call.
-    """
-    deepspeeds = _of(engine, "_configure_lr_scheduler")
-
-    def configure_lr_scheduler(*positional: Any, **named: Any) -> Any:
-        del engine._configure_lr_scheduler
-        action()
-        return deepspeeds(*positional, **named)
-
-    engine._configure_lr_scheduler = configure_lr_scheduler
-
-
 # What is asked of engines that are complete.
 
 
 def inner_optimizer(engine: Any) -> Any:
     """The optimizer that ZeRO's wrapper steps; without one, that which the user sees."""
-    return _of(engine, "basic_optimizer")
+    return DEEPSPEED.of(engine, "basic_optimizer")
+
+
+def given_optimizer(engine: Any) -> Any:
+    """What `deepspeed.initialize` was given as the optimizer: an object, a callable, or None."""
+    return DEEPSPEED.of(engine, "client_optimizer")
 
 
 def pipeline_stages(engine: Any) -> int:
     """Over how many stages a pipeline runs; 1 without."""
-    return int(_of(engine.module, "num_pipeline_stages")()) if has_pipeline(engine) else 1
+    return int(DEEPSPEED.of(engine.module, "num_pipeline_stages")()) if has_pipeline(engine) else 1
 
 
 def divides_the_model(engine: Any) -> bool:
     """Whether ranks have different parameters: pipeline stages, experts, or slices."""
-    return has_pipeline(engine) or bool(_of(engine, "has_moe_layers")) or _of(engine, "mp_world_size") > 1
+    experts, slices = DEEPSPEED.of(engine, "has_moe_layers"), DEEPSPEED.of(engine, "mp_world_size")
+    return has_pipeline(engine) or bool(experts) or slices > 1
 
 
 def replicas(engine: Any, group: str | None) -> dist.ProcessGroup:
     """The ranks that hold the same parameters: those of an expert group, or the data-parallel ones for None."""
     if group is None:
-        found: dist.ProcessGroup = _of(engine, "seq_data_parallel_group")
+        found: dist.ProcessGroup = DEEPSPEED.of(engine, "seq_data_parallel_group")
     else:
-        found = _of(engine, "expert_data_parallel_group")[group]
+        found = DEEPSPEED.of(engine, "expert_data_parallel_group")[group]
     return found
 
 
 def monitor(engine: Any) -> Any:
     """The engine's MonitorMaster."""
-    return _of(engine, "monitor")
+    return DEEPSPEED.of(engine, "monitor")
 
 
 def samples(engine: Any) -> int:
     """What the engine has trained on so far, in all ranks together."""
-    return int(_of(engine, "global_samples"))
+    return int(DEEPSPEED.of(engine, "global_samples"))
 
 
 # Checkpoints.
@@ -256,7 +195,7 @@ def take_over_checkpoints(
 
 def checkpoint_writer(engine: Any) -> Any:
     """What writes an engine's files, of DeepSpeed's type CheckpointEngine."""
-    return _of(engine, "checkpoint_engine")
+    return DEEPSPEED.of(engine, "checkpoint_engine")
 
 
 def writes_later(engine: Any) -> bool:
@@ -271,7 +210,7 @@ def writing_by(engine: Any, writer: Any, script: Callable[[Callable[..., Any]], 
 
     DeepSpeed takes no writer of others', and copies the script by no writer.
     """
-    usual, copies = checkpoint_writer(engine), _of(engine, "_copy_recovery_script")
+    usual, copies = checkpoint_writer(engine), DEEPSPEED.of(engine, "_copy_recovery_script")
     engine.checkpoint_engine = writer
     engine._copy_recovery_script = script(copies)
     try:
@@ -291,15 +230,15 @@ def flattened(zero: Any, flat: Tensor) -> Sequence[Tensor] | None:
         RuntimeError: if the wrapper is of no kind that is known.
     """
     if hasattr(zero, "fp32_groups_flat_partition"):
-        flats, groups = zero.fp32_groups_flat_partition, _of(zero, "bf16_groups")
+        flats, groups = zero.fp32_groups_flat_partition, DEEPSPEED.of(zero, "bf16_groups")
     else:
-        flats, groups = _of(zero, "single_partition_of_fp32_groups"), _of(zero, "bit16_groups")
+        flats, groups = DEEPSPEED.of(zero, "single_partition_of_fp32_groups"), DEEPSPEED.of(zero, "bit16_groups")
     return next((parameters for held, parameters in zip(flats, groups, strict=False) if held is flat), None)
 
 
 def sharers(parameter: Tensor) -> dist.ProcessGroup:
     """The ranks that share the flat tensor in which a parameter lies, at stages 1 and 2."""
-    found: dist.ProcessGroup = _of(parameter, "_dp_group")
+    found: dist.ProcessGroup = DEEPSPEED.of(parameter, "_dp_group")
     return found
 
 
@@ -328,22 +267,22 @@ class SubGroups:
             RuntimeError: naming what it has no more.
         """
         return cls(
-            flats=_of(zero, "fp32_partitioned_groups_flat"),
-            sizes=_of(zero, "fp16_partitioned_groups_flat_numel"),
-            parameters=_of(zero, "fp16_groups"),
-            param_group=_of(zero, "sub_group_to_group_id"),
+            flats=DEEPSPEED.of(zero, "fp32_partitioned_groups_flat"),
+            sizes=DEEPSPEED.of(zero, "fp16_partitioned_groups_flat_numel"),
+            parameters=DEEPSPEED.of(zero, "fp16_groups"),
+            param_group=DEEPSPEED.of(zero, "sub_group_to_group_id"),
             _zero=zero,
         )
 
     def process_group(self, number: int) -> dist.ProcessGroup:
         """The ranks over which a sub-group lies; before 0.19.3 the same for all."""
         ask = getattr(self._zero, "_get_sub_group_process_group", None)
-        found: dist.ProcessGroup = ask(number) if ask is not None else _of(self._zero, "dp_process_group")
+        found: dist.ProcessGroup = ask(number) if ask is not None else DEEPSPEED.of(self._zero, "dp_process_group")
         return found
 
     def on_nvme(self, number: int) -> bool:
         """Whether a sub-group is moved out to NVMe between its steps."""
-        return bool(_of(self._zero, "_swappable_optimizer_subgroup")(number))
+        return bool(DEEPSPEED.of(self._zero, "_swappable_optimizer_subgroup")(number))
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -354,13 +293,13 @@ def whole_shape(parameter: Tensor) -> torch.Size:
 
 def piece(parameter: Tensor) -> Tensor:
     """This rank's piece of a parameter at stage 3, flat and padded."""
-    found: Tensor = _of(parameter, "ds_tensor").view(-1)
+    found: Tensor = DEEPSPEED.of(parameter, "ds_tensor").view(-1)
     return found
 
 
 def piece_numel(parameter: Tensor) -> int:
     """The length of every rank's piece, padding included."""
-    return int(_of(parameter, "partition_numel")())
+    return int(DEEPSPEED.of(parameter, "partition_numel")())
 
 
 # Experts, of DeepSpeed's own layers and of others', that are marked alike.
@@ -368,7 +307,7 @@ def piece_numel(parameter: Tensor) -> int:
 
 def expert_group(parameter: Tensor) -> str | None:
     """The name of an expert parameter's group, None for a parameter that all data-parallel ranks share."""
-    return str(_of(parameter, "group_name")) if marks.is_expert(parameter) else None
+    return str(DEEPSPEED.of(parameter, "group_name")) if marks.is_expert(parameter) else None
 
 
 def has_unknown_group(parameter: Tensor) -> bool:
@@ -410,7 +349,7 @@ def enter_experts(parameters: Sequence[nn.Parameter], parallel: dist.ProcessGrou
     name = f"ep_size_{dist.get_world_size(parallel)}"
     groups._EXPERT_PARALLEL_GROUP[name] = parallel
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
-    if release() >= (0, 17, 1):
+    if DEEPSPEED.release() >= (0, 17, 1):
         groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(parallel)
         groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(replicas)
     for parameter in parameters:
@@ -437,26 +376,3 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
     return dict(dict_raise_error_on_duplicate_keys(pairs))
-
-
-def _of(holder: Any, name: str) -> Any:
-    """One of `NAMES` of an object's.
-
-    Raises:
-        RuntimeError: if it is not there, naming it.
-    """
-    missing = object()
-    found = getattr(holder, name, missing)
-    if found is missing:
-        import deepspeed
-
-        known = next(str(private) for private in NAMES if private.name == name)
-        raise RuntimeError(
-            f"DeepSpeed {deepspeed.__version__}: a {type(holder).__name__} has no '{name}', where Shampoo looks for "
-            f"{known} of DeepSpeed {_text(TESTED)}, with which it was tested"
-        )
-    return found
-
-
-def _text(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))

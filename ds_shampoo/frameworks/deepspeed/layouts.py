@@ -239,7 +239,7 @@ class SubGroupLayout(_EngineLayout):
 
 
 def _number(groups: internals.SubGroups, stand_ins: Sequence[Tensor]) -> int:
-    """Which sub-group's flat tensor is stand_ins."""
+    """Which sub-group's flat tensor stands in."""
     found = [number for number, flat in enumerate(groups.flats) if flat is stand_ins[0]]
     if len(stand_ins) != 1 or len(found) != 1:
         raise _misread("expected the flat tensor of one sub-group at a time")

@@ -12,6 +12,7 @@ from ds_shampoo.config import SettingsError
 from ds_shampoo.frameworks import protocols
 from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.experts import foreign_experts
+from ds_shampoo.frameworks.deepspeed.internals import DEEPSPEED
 
 _UNKNOWN_EXPERTS = (
     "expert model parallelism of Megatron: DeepSpeed does not know which ranks share an expert; call "
@@ -29,7 +30,7 @@ def refuse_unsupported(engine: Any) -> None:
     Raises:
         SettingsError: naming the first feature under which Shampoo does not run, or what a release has otherwise.
     """
-    internals.check()
+    DEEPSPEED.check()
     for refused, message in _REFUSALS:
         if refused(engine):
             raise SettingsError(message)
@@ -110,7 +111,7 @@ def _partitions_activations(engine: Any) -> bool:
 
 
 def _older_deepspeed() -> bool:
-    return internals.release() < _ONE_TRAJECTORY
+    return DEEPSPEED.release() < _ONE_TRAJECTORY
 
 
 _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
