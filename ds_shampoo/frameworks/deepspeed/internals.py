@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_shampoo.frameworks.host import Host
-from ds_shampoo.frameworks.privates import Entry, Function, Given, Method, Private
+from ds_shampoo.frameworks.privates import Entry, Function, Given, Method, Private, Quoted
 from ds_shampoo.parameters import marks
 
 _CONFIG = "deepspeed.runtime.config.DeepSpeedConfig"
@@ -52,6 +52,9 @@ NAMES: tuple[Private, ...] = (
     Given(_ENGINE, "checkpoint_engine"),
     Method(_ENGINE, "_copy_recovery_script", passed_on=True),
     Given(_PIPELINE, "tied_modules"),
+    Given(_PIPELINE, "_grid"),
+    Given(_PIPELINE, "ds_pipe_replicated"),  # on a tied parameter: that another stage's copy counts in the norm
+    Quoted("deepspeed.runtime.utils.is_model_parallel_parameter", "model_parallel"),  # on one: that every rank's counts
     Method(_PIPELINE, "num_pipeline_stages"),
     Method(_WRITER, "is_decoupled", since=(0, 17, 1)),
     # Stages 1 and 2, and BF16_Optimizer: by param group, this rank's flat fp32 share, and whose it is.
@@ -150,6 +153,21 @@ def given_optimizer(engine: Any) -> Any:
 def pipeline_stages(engine: Any) -> int:
     """Over how many stages a pipeline runs; 1 without."""
     return int(DEEPSPEED.of(engine.module, "num_pipeline_stages")()) if has_pipeline(engine) else 1
+
+
+def grid(pipeline: Any) -> Any:
+    """Which ranks have which stages and slices of a pipeline."""
+    return DEEPSPEED.of(pipeline, "_grid")
+
+
+def is_counted_elsewhere(parameter: Tensor) -> bool:
+    """Whether DeepSpeed counts another stage's copy of a pipeline's parameter in the norm of all gradients."""
+    return bool(DEEPSPEED.of(parameter, "ds_pipe_replicated"))
+
+
+def count_on_every_rank(parameter: Tensor) -> None:
+    """Has DeepSpeed count a parameter in that norm on every rank, as a slice of a whole."""
+    setattr(parameter, "model_parallel", True)  # noqa: B010
 
 
 def divides_the_model(engine: Any) -> bool:
