@@ -148,8 +148,6 @@ class Shampoo(Optimizer):
         self._transaction = Transaction()
         self._shown = ShownBlocks()
         self._rounds = Rounds(self._subgroups)
-        # Whether the state that was loaded last was saved by Shampoo.
-        self.took_up_shampoo = False
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
         if layout is None:
@@ -445,7 +443,6 @@ class Shampoo(Optimizer):
         resuming.check_groups(state_dict, self.param_groups)
         if not self.layout.keeps_blocks_apart:
             return resuming.adapted(state_dict, self.param_groups, self._subgroups.logical)
-        self.took_up_shampoo = "blocks" in state_dict
         groups = resuming.with_present_settings(state_dict, self.param_groups, self.made())
         return {**state_dict, "param_groups": groups}
 

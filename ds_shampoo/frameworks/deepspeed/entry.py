@@ -148,11 +148,12 @@ def _as_dict(config: Any) -> dict[str, Any]:
     if not isinstance(config, str | os.PathLike):
         raise SettingsError(f"config = {config!r}: must be a dict or the path of a DeepSpeed JSON file")
     import hjson
-    from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+
+    from ds_shampoo.frameworks.deepspeed.internals import distinct_keys
 
     try:
         with Path(config).open() as file:
-            return dict(hjson.load(file, object_pairs_hook=dict_raise_error_on_duplicate_keys))
+            return dict(hjson.load(file, object_pairs_hook=distinct_keys))
     except OSError as error:
         raise SettingsError(f"config = {os.fspath(config)!r}: {error.strerror}") from error
 

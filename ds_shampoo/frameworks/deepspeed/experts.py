@@ -12,15 +12,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_shampoo.frameworks.deepspeed.internals import expert_group, expert_rank, mark_as_having_experts, replicas
+from ds_shampoo.parameters.marks import is_expert
 from ds_shampoo.sharding.expert_names import expert_name
 from ds_shampoo.state.files import BlockReader, CheckpointError
 
 _WEIGHT = "weight"
-
-
-def expert_group(tensor: Tensor) -> str | None:
-    """The name of an expert parameter's group, None for a parameter that all data-parallel ranks share."""
-    return None if getattr(tensor, "allreduce", True) else tensor.group_name  # type: ignore[attr-defined]
 
 
 def global_name(model: nn.Module, name: str, parameter: Tensor) -> str:
@@ -32,20 +29,18 @@ def global_name(model: nn.Module, name: str, parameter: Tensor) -> str:
     group = expert_group(parameter)
     if group is None:
         return name
-    from deepspeed.utils import groups
-
     found = expert_name(name)
     if found is None:
         raise ValueError(
             f"parameter '{name}' is an expert's, but its name does not tell which expert's: with Megatron leave "
             "moe_grouped_gemm out"
         )
-    return str(found.numbered_from(groups._get_expert_parallel_rank(group) * found.beside(model)))
+    return str(found.numbered_from(expert_rank(group) * found.beside(model)))
 
 
 def foreign_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """The expert-parallel parameters, by this rank's names, that are not of DeepSpeed's own layers."""
-    marked = {name: p for name, p in model.named_parameters() if not getattr(p, "allreduce", True)}
+    marked = {name: p for name, p in model.named_parameters() if is_expert(p)}
     if not marked:
         return marked
     from deepspeed.moe.layer import MoE
@@ -65,7 +60,7 @@ def adopt(engine: Any, params: Iterable[Any]) -> Iterable[Any]:
     """
     if not foreign_experts(engine.module):
         return params
-    engine.has_moe_layers = True  # what DeepSpeed sets when it finds a layer of its own
+    mark_as_having_experts(engine)
     members = list(params)
     groups = members if all(isinstance(member, dict) for member in members) else [{"params": members}]
     shared = [{**group, "params": _in_group(group, None)} for group in groups]
@@ -89,7 +84,7 @@ class ExpertWeights:
             name: f"{global_name(engine.module, name, parameter)} (slice {slice_rank})"
             for name, parameter in self._parameters.items()
         }
-        self._groups = engine.expert_data_parallel_group
+        self._engine = engine
 
     def __bool__(self) -> bool:
         return bool(self._parameters)
@@ -99,7 +94,7 @@ class ExpertWeights:
         return {
             self._keys[name]: {_WEIGHT: parameter}
             for name, parameter in self._parameters.items()
-            if dist.get_rank(self._groups[expert_group(parameter)]) == 0
+            if dist.get_rank(replicas(self._engine, expert_group(parameter))) == 0
         }
 
     def check(self, reader: BlockReader) -> None:

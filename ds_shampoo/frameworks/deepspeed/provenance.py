@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.optimizer import Shampoo
 from ds_shampoo.state.files import FOLDER, BlockReader, CheckpointError
 
@@ -22,7 +23,7 @@ def describe(engine: Any, optimizer: Shampoo) -> dict[str, Any]:
         "global_steps": engine.global_steps,
         "world_size": dist.get_world_size(),
         "tensor_parallel": _slices(engine),
-        "pipeline_stages": _stages(engine),
+        "pipeline_stages": internals.pipeline_stages(engine),
         "expert_groups": _expert_groups(engine),
         "scheduled": [{key: _plain(value) for key, value in group.items()} for group in optimizer.scheduled()],
     }
@@ -46,10 +47,10 @@ def check_world(engine: Any, reader: BlockReader) -> None:
     ranks, here = reader.header.world_size, dist.get_world_size()
     advice = "convert it with `ds-shampoo to-universal` and set checkpoint.load_universal"
     stages = reader.header.pipeline_stages
-    if stages != _stages(engine):
+    if stages != internals.pipeline_stages(engine):
         raise CheckpointError(
-            f"{reader.folder}: saved over {stages} pipeline stages, to be loaded over {_stages(engine)}; if that was "
-            f"at ZeRO stage 1, {advice}"
+            f"{reader.folder}: saved over {stages} pipeline stages, to be loaded over "
+            f"{internals.pipeline_stages(engine)}; if that was at ZeRO stage 1, {advice}"
         )
     experts, expected = reader.header.expert_groups, _expert_groups(engine)
     if experts != expected:
@@ -100,11 +101,7 @@ def _slices(engine: Any) -> int:
     return int(mpu.get_tensor_model_parallel_world_size()) if hasattr(mpu, "shampoo_sections") else 1
 
 
-def _stages(engine: Any) -> int:
-    return int(engine.module.num_pipeline_stages()) if engine.pipeline_parallelism else 1
-
-
 def _expert_groups(engine: Any) -> list[str]:
     """The names of the groups over which experts are spread; DeepSpeed's tell their sizes."""
-    experts = (p for p in engine.module.parameters() if not getattr(p, "allreduce", True))
-    return sorted({p.group_name for p in experts})
+    named = (internals.expert_group(parameter) for parameter in engine.module.parameters())
+    return sorted({name for name in named if name is not None})
