@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 
 from ds_shampoo import SettingsError
+from ds_shampoo.frameworks import host
 from ds_shampoo.frameworks.megatron import internals
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.privates import Entry, Field, Function, Method, Private, functions, resolve
 
 megatron = pytest.importorskip("megatron.core")
 PACKAGE = Path(internals.__file__).parents[2]
 FOLDERS = ("frameworks/megatron", "frameworks/megatron_deepspeed", "testing")
-HERE = [name for name in (*internals.NAMES, *internals.SETTINGS) if name.since <= internals.release()]
+HERE = [name for name in (*internals.NAMES, *internals.SETTINGS) if name.since <= MEGATRON.release()]
 # Of these names Megatron's configurations and our own objects have others.
 ELSEWHERE = {"optimizer", "sequence_parallel"}
 
@@ -26,20 +29,20 @@ ELSEWHERE = {"optimizer", "sequence_parallel"}
 @pytest.fixture(autouse=True)
 def unchecked() -> Iterator[None]:
     """The check runs once per process: here it is to run again, and afterwards too."""
-    internals._check.cache_clear()
+    host._check.cache_clear()
     yield
-    internals._check.cache_clear()
+    host._check.cache_clear()
 
 
 def test_the_installed_release_has_all_of_it() -> None:
-    internals.check()
+    MEGATRON.check()
 
 
 @pytest.mark.parametrize("name", HERE, ids=str)
 def test_what_is_gone_is_refused_by_name(name: Private, monkeypatch: pytest.MonkeyPatch) -> None:
     take_away(name, monkeypatch)
     with pytest.raises(SettingsError) as refusal:
-        internals.check()
+        MEGATRON.check()
     assert f"megatron-core {megatron.__version__} lacks what Shampoo needs" in str(refusal.value)
     assert f"{name} (" in str(refusal.value)
     assert "tested with megatron-core 0.19.2: install that" in str(refusal.value)
@@ -59,7 +62,7 @@ def test_what_has_become_something_else_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("megatron.core.optimizer._get_param_groups", others)
     with pytest.raises(SettingsError, match=r"optimizer._get_param_groups \(it takes .*: too many positional"):
-        internals.check()
+        MEGATRON.check()
 
 
 def test_all_that_moved_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,18 +70,17 @@ def test_all_that_moved_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in several:
         take_away(name, monkeypatch)
     with pytest.raises(SettingsError) as refusal:
-        internals.check()
+        MEGATRON.check()
     assert all(f"{name} (" in str(refusal.value) for name in several)
 
 
 def test_a_newer_release_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(internals, "NAMES", ())
-    monkeypatch.setattr(internals, "SETTINGS", ())
+    unnamed = replace(MEGATRON, names=())
     monkeypatch.delenv("RANK", raising=False)
     with caplog.at_level(logging.WARNING, "ds_shampoo"):
         for version in ("0.16.1", "0.19.9", "0.20.0rc1", "0.20.0rc1"):
             monkeypatch.setattr(megatron, "__version__", version)
-            internals.check()
+            unnamed.check()
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("Shampoo was tested with megatron-core 0.19.2, not with 0.20.0rc1")
 
@@ -86,7 +88,7 @@ def test_a_newer_release_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: p
 def test_a_release_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron, "__version__", "0.15.2")
     with pytest.raises(SettingsError, match=r"megatron-core 0.15.2: Shampoo needs 0.16 or newer"):
-        internals.check()
+        MEGATRON.check()
 
 
 @pytest.mark.parametrize("path", [p for f in FOLDERS for p in sorted((PACKAGE / f).glob("*.py"))], ids=lambda p: p.name)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.config import SettingsError, parse
+from ds_shampoo.frameworks import protocols
 from ds_shampoo.frameworks.deepspeed.construction import engine_being_built, once_it_has_its_optimizer
 from ds_shampoo.frameworks.deepspeed.section import (
     TYPE,
@@ -67,7 +68,7 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     check_config(config_of(engine))
     say_what_does_not_hold(config_of(engine))
     refuse_unsupported(engine)
-    if hasattr(engine.mpu, "shampoo_prepare"):
+    if protocols.prepares_model(engine.mpu):
         engine.mpu.shampoo_prepare(engine.module)
     groups = adopt(engine, params)
     if engine.zero_optimization():
@@ -108,7 +109,7 @@ def initialize(
         args = copy.copy(args)  # DeepSpeed takes a config from one place only, and Shampoo's is an edited copy
         args.deepspeed_config = None
     settings = _as_dict(config)
-    if hasattr(model, "complete_settings"):
+    if protocols.completes_settings(model):
         model.complete_settings(settings)
     ours = optimizer is None and names_shampoo(settings)
     if ours:
@@ -116,7 +117,7 @@ def initialize(
         check_config(settings)
         parse(settings["optimizer"].get("params") or {})
         complete(settings)
-        if hasattr(others.get("mpu"), "shampoo_register"):
+        if protocols.registers_model(others.get("mpu")):
             others["mpu"].shampoo_register(model)
         refuse_unknown_experts(model)
     engine, *rest = deepspeed.initialize(args=args, model=model, optimizer=optimizer, config=settings, **others)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.frameworks import protocols
 from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.experts import global_name
 from ds_shampoo.sharding.fragments import Fragment
@@ -63,15 +64,15 @@ class _EngineLayout(Layout):
     def name(self, name: str, parameter: Tensor) -> str:
         """Asks the `mpu`, where it knows (that of GPTPipeline does)."""
         engine = self._present_engine()
-        ask = getattr(engine.mpu, "shampoo_name", None)
-        return str(ask(engine.module, name)) if ask is not None else global_name(engine.module, name, parameter)
+        if protocols.names_parameters(engine.mpu):
+            return str(engine.mpu.shampoo_name(engine.module, name))
+        return global_name(engine.module, name, parameter)
 
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
         """Asks the `mpu`, where it knows (ds_shampoo.megatron.mpu does)."""
         engine = self._present_engine()
-        ask = getattr(engine.mpu, "shampoo_sections", None)
-        found: Sequence[Section] | None = ask(engine.module, name, parameter) if ask is not None else None
-        return found
+        mpu: object = engine.mpu
+        return mpu.shampoo_sections(engine.module, name, parameter) if protocols.slices_parameters(mpu) else None
 
     def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
         return concatenated_over_ranks(own) if internals.divides_the_model(self._present_engine()) else own

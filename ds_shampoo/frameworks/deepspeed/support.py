@@ -9,6 +9,7 @@ from torch import nn
 
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks import protocols
 from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.experts import foreign_experts
 from ds_shampoo.frameworks.deepspeed.internals import DEEPSPEED
@@ -59,8 +60,7 @@ def refuse_norms_of_slices(engine: Any, groups: Iterable[Mapping[str, Any]]) -> 
     Raises:
         SettingsError: naming the setting.
     """
-    mpu: Any = getattr(engine, "mpu", None)
-    if not hasattr(mpu, "shampoo_sections") or mpu.get_tensor_model_parallel_world_size() == 1:
+    if protocols.slices(getattr(engine, "mpu", None)) == 1:
         return
     for group in groups:
         if grafting.is_normalized(group["grafting"]):
@@ -130,7 +130,7 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "zero_optimization.stage = 2 or 3 with pipeline parallelism: DeepSpeed runs pipelines at stages 0 and 1 only",
     ),
     (
-        lambda e: getattr(getattr(e, "module", None), "sequence_parallel", False) and _partitions_activations(e),
+        lambda e: protocols.sees_part_of_sequence(getattr(e, "module", None)) and _partitions_activations(e),
         "pipeline.pipe_partitioned or grad_partitioned = true with sequence parallelism of Megatron: tensor-parallel "
         "ranks hold different parts of an activation; set both to false, as ds_shampoo.initialize does",
     ),
@@ -235,13 +235,4 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
 
 
 def _model_parallel_size(engine: Any) -> int:
-    autotp = int(_ask(engine, "autotp_size") or 1)
-    mpu = getattr(engine, "mpu", None)
-    if hasattr(mpu, "shampoo_sections"):
-        return autotp
-    # A pipeline's grid counts its stages among the model-parallel ranks; only those that slice a layer matter here.
-    for name in ("get_slice_parallel_world_size", "get_model_parallel_world_size"):
-        size = getattr(mpu, name, None)
-        if callable(size):
-            return max(autotp, int(size()))
-    return autotp
+    return max(int(_ask(engine, "autotp_size") or 1), protocols.unknown_slices(getattr(engine, "mpu", None)))

@@ -7,26 +7,15 @@ collections, the fields of its configurations, its modules' `config`, its layers
 
 from __future__ import annotations
 
-import functools
 import importlib
-import logging
-import os
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ds_shampoo.config import SettingsError
-from ds_shampoo.frameworks.privates import Entry, Field, Function, Given, Key, Mark, Method, Private, faults, resolve
+from ds_shampoo.frameworks.host import Host
+from ds_shampoo.frameworks.privates import Entry, Field, Function, Given, Key, Mark, Method, Private, resolve
 from ds_shampoo.parameters import marks
-
-logger = logging.getLogger("ds_shampoo")
-
-TESTED = (0, 19, 2)
-OLDEST = (0, 16)
-
 
 _OPTIMIZERS = "megatron.core.optimizer"
 _WRAPPER = "megatron.core.optimizer.optimizer.MegatronOptimizer"
@@ -115,48 +104,8 @@ STOOD_IN_FOR: tuple[Private, ...] = (
 )
 
 
-def release() -> tuple[int, ...]:
-    """The installed Megatron-core's release; one later than all where its version has no numbers."""
-    import megatron.core
-
-    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", megatron.core.__version__)
-    return tuple(int(number or 0) for number in numbers.groups()) if numbers else (sys.maxsize,)
-
-
-def check() -> None:
-    """Holds the installed Megatron-core against `NAMES` and `SETTINGS`, once per process.
-
-    Raises:
-        SettingsError: if it is too old, or anything is missing or has become something else, listing all of it.
-    """
-    _check(release())
-
-
-@functools.cache
-def _check(found: tuple[int, ...]) -> None:
-    import megatron.core
-
-    version = megatron.core.__version__
-    if found < OLDEST:
-        raise SettingsError(f"megatron-core {version}: Shampoo needs {_text(OLDEST)} or newer")
-    _refuse_moved([*NAMES, *SETTINGS])
-    if found[:2] > TESTED[:2] and int(os.environ.get("RANK", "0")) == 0:
-        logger.warning(
-            "Shampoo was tested with megatron-core %s, not with %s; all that it uses was found there",
-            _text(TESTED),
-            version,
-        )
-
-
-def _refuse_moved(names: Sequence[Private]) -> None:
-    import megatron.core
-
-    moved = faults(names, release())
-    if moved:
-        raise SettingsError(
-            f"megatron-core {megatron.core.__version__} lacks what Shampoo needs of it, or has it otherwise: "
-            f"{'; '.join(moved)}. Shampoo was tested with megatron-core {_text(TESTED)}: install that"
-        )
+# What is found out about the installed release; to be checked before anything is built.
+MEGATRON = Host("megatron-core", "megatron.core", tested=(0, 19, 2), oldest=(0, 16), names=NAMES + SETTINGS)
 
 
 # Megatron's optimizers.
@@ -326,7 +275,7 @@ def stand_in_for_cuda(
     Raises:
         SettingsError: if any of it has moved.
     """
-    _refuse_moved(STOOD_IN_FOR)
+    MEGATRON.refuse_moved(STOOD_IN_FOR)
     random, softmax, norms = (importlib.import_module(name) for name in (_RANDOM, _SOFTMAX, _NORM))
     setattr(random, "_get_cuda_rng_state", get_rng_state)  # noqa: B010
     setattr(random, "_set_cuda_rng_state", set_rng_state)  # noqa: B010
@@ -338,7 +287,3 @@ def stand_in_for_cuda(
     # Gloo gathers equal sizes only; this is Megatron's own other way.
     layer_wise: Any = resolve(_LAYER_WISE)
     layer_wise.allgather_params = layer_wise.broadcast_params
-
-
-def _text(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))

@@ -45,15 +45,6 @@ class MegatronLayout(Layout):
         self._parameters, self._runs = parameters, runs
         self.replicas, self.slices = replicas, slices
 
-    def in_training(self) -> bool:
-        return True
-
-    def device(self, parameter: Tensor) -> torch.device:
-        return parameter.device
-
-    def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        return tuple(parameter.shape)
-
     def name(self, name: str, parameter: Tensor) -> str:
         return self._parameters[id(parameter)].name
 

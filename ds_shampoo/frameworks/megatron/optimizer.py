@@ -63,7 +63,7 @@ def get_megatron_shampoo_optimizer(
     """
     shampoo = checked(config, settings)
     groups = pg_collection if pg_collection is not None else ProcessGroupCollection.use_mpu_process_groups()
-    refuse_unsupported(config, model_chunks, groups, shampoo, layer_wise_distributed_optimizer)
+    refuse_unsupported(config, model_chunks, groups, shampoo=shampoo, layer_wise=layer_wise_distributed_optimizer)
     members = internals.param_groups(model_chunks, config, config_overrides)
     with _as_adam(config, layer_wise_distributed_optimizer):
         chained = get_megatron_optimizer(config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection)
@@ -77,7 +77,7 @@ def get_megatron_shampoo_optimizer(
         whole = ShampooChainedOptimizer(wrappers)
     found = model_parameters(model_chunks)
     for wrapper in internals.stepping(whole):
-        _put_in_place(wrapper, model_chunks, members, found, groups, shampoo)
+        _put_in_place(wrapper, model_chunks, members=members, found=found, groups=groups, shampoo=shampoo)
     inner = list(whole.inner())
     _share_turns(inner, names_over_ranks([parameter.name for parameter in found.values()]))
     for optimizer in inner:
@@ -100,6 +100,7 @@ def _share_turns(optimizers: Sequence[Shampoo], names: Sequence[str]) -> None:
 def _put_in_place(
     wrapper: MegatronOptimizer,
     chunks: Sequence[nn.Module],
+    *,
     members: Sequence[Mapping[str, Any]],
     found: Mapping[int, ModelParameter],
     groups: ProcessGroupCollection,

@@ -14,6 +14,7 @@ from ds_shampoo.config import SettingsError, ShampooConfig, parse
 from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.frameworks.megatron.checkpoint import KEY, apart, load_sharded_blocks, sharded_blocks
 from ds_shampoo.frameworks.megatron.inner import InnerShampoo, named, prepare
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.megatron.layout import MegatronLayout
 from ds_shampoo.frameworks.megatron.names import model_parameters
 from ds_shampoo.frameworks.megatron.support import checked, refuse_unsupported
@@ -70,11 +71,11 @@ def register_emerging_optimizer(**settings: Any) -> bool:
         SettingsError: for a setting that is refused, and for a Megatron that has not what Shampoo needs of it.
     """
     parse(settings)
-    internals.check()
+    MEGATRON.check()
 
     def arguments(config: OptimizerConfig, chunks: list[nn.Module], groups: ProcessGroupCollection) -> dict[str, Any]:
         shampoo = checked(config, settings)
-        refuse_unsupported(config, chunks, groups, shampoo, layer_wise=False)
+        refuse_unsupported(config, chunks, groups, shampoo=shampoo, layer_wise=False)
         _refuse_others(config, chunks, groups)
         return {"chunks": chunks, "replicas": groups.dp_cp, "slices": groups.tp, "settings": shampoo}
 

@@ -13,6 +13,7 @@ from torch import nn
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.config import SettingsError, ShampooConfig, parse
 from ds_shampoo.frameworks.megatron import internals
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
 
 # What Megatron's own configuration says.
 _MEGATRONS = {
@@ -41,6 +42,7 @@ def refuse_unsupported(
     config: OptimizerConfig,
     chunks: Sequence[Any],
     groups: ProcessGroupCollection,
+    *,
     shampoo: ShampooConfig,
     layer_wise: bool,
 ) -> None:
@@ -49,7 +51,7 @@ def refuse_unsupported(
     Raises:
         SettingsError: naming the first such feature, or what this Megatron has otherwise than Shampoo needs it.
     """
-    internals.check()
+    MEGATRON.check()
     ddp = internals.data_parallelism(chunks[0])
     refusals = (
         (config.optimizer_cpu_offload, "config.optimizer_cpu_offload = True"),

@@ -7,7 +7,7 @@ from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import nn
 
 from ds_shampoo.frameworks.deepspeed.internals import enter_experts
-from ds_shampoo.frameworks.megatron import internals
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.parameters import marks
 
 
@@ -26,7 +26,7 @@ def register_experts(model: nn.Module) -> int:
         ValueError: if experts are sliced over another number of ranks than the rest of the model.
         SettingsError: if this Megatron has not what Shampoo needs of it.
     """
-    internals.check()
+    MEGATRON.check()
     slices = parallel_state.get_tensor_model_parallel_world_size()
     own_slices = parallel_state.get_expert_tensor_parallel_world_size()
     if slices != own_slices and any(isinstance(module, BaseMoELayer) for module in model.modules()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.frameworks.deepspeed.internals import whole_shape
-from ds_shampoo.frameworks.megatron import internals
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.frameworks.megatron_deepspeed.experts import register_experts
 from ds_shampoo.frameworks.megatron_deepspeed.gradients import reduce_sequence_parallel_gradients
@@ -67,7 +67,7 @@ def shampoo_prepare(model: nn.Module) -> None:
     Raises:
         SettingsError: if this Megatron has not what Shampoo needs of it.
     """
-    internals.check()
+    MEGATRON.check()
     reduce_sequence_parallel_gradients(model)
 
 

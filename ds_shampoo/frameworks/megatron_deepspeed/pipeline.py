@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from ds_shampoo.config import SettingsError
 from ds_shampoo.frameworks.megatron import internals
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.megatron_deepspeed import mpu
+from ds_shampoo.frameworks.protocols import NamesWholeModel
 from ds_shampoo.parameters import marks
 
 _POSITIONS = ("learned_absolute", "rope", "none")
@@ -157,7 +159,7 @@ class Ranks:
     def __init__(self, grid: Any) -> None:
         self._grid = grid
 
-    def shampoo_name(self, model: GPTPipeline, name: str) -> str:
+    def shampoo_name(self, model: NamesWholeModel, name: str) -> str:
         """A parameter's name among those of all stages."""
         return model.whole_model_name(name)
 
@@ -268,7 +270,7 @@ def _checkpoint(function: Any, *arguments: Tensor) -> Any:
 
 def _refuse_unsupported(config: TransformerConfig, stages: int, positions: str) -> None:
     """Raises a SettingsError that names the first thing that a pipeline under DeepSpeed can't have."""
-    internals.check()
+    MEGATRON.check()
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     refusals = (
         (positions not in _POSITIONS, f"position_embedding_type = '{positions}': must be one of {_POSITIONS}"),
