@@ -71,6 +71,13 @@ def complete(config: dict[str, Any]) -> None:
         config[key] = needed
 
 
+def complete_config_of(engine: Any) -> None:
+    """The same for an engine that is being built, and that turns out to get a Shampoo."""
+    for key, (needed, _) in _NEEDED.items():
+        say_what_does_not_hold(config_of(engine), key)
+        setattr(engine._config, key, needed)
+
+
 def say_what_does_not_hold(config: Mapping[str, Any], key: str = "zero_force_ds_cpu_optimizer") -> None:
     """Logs a warning, on the first rank, where a config says otherwise than it will be with Shampoo."""
     needed, reason = _NEEDED[key]
@@ -81,8 +88,24 @@ def say_what_does_not_hold(config: Mapping[str, Any], key: str = "zero_force_ds_
 def config_of(engine: Any) -> Mapping[str, Any]:
     """The config from which an engine is built, as far as this DeepSpeed shows it."""
     config: Any = getattr(getattr(engine, "_config", None), "_param_dict", None)
-    section = config.get("optimizer") if isinstance(config, Mapping) else None
-    return config if isinstance(section, Mapping) and section.get("type") == TYPE else {}
+    return config if isinstance(config, Mapping) else {}
+
+
+def say_which_optimizer_holds(engine: Any) -> None:
+    """Logs a warning, on the first rank, where an engine got its optimizer beside the config's section, or in place.
+
+    Another optimizer in place of another section is none of ours.
+    """
+    section = config_of(engine).get("optimizer")
+    if engine.client_optimizer is None or not isinstance(section, Mapping) or engine.global_rank:
+        return
+    trains = type(engine.basic_optimizer).__name__
+    if TYPE in (trains, section.get("type")):
+        logger.warning(
+            'optimizer = {"type": "%s", ...} in the config does not hold: the engine trains with the %s that was '
+            "passed as optimizer=",
+            section.get("type"), trains,
+        )  # fmt: skip
 
 
 def _means_shampoo(name: str) -> bool:
