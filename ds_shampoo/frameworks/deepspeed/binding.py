@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from ds_shampoo.frameworks.deepspeed import experts
 from ds_shampoo.frameworks.deepspeed.checkpoint import attach
 from ds_shampoo.frameworks.deepspeed.layouts import EngineLayout, layout_for
 from ds_shampoo.frameworks.deepspeed.monitor import MonitorFeed
-from ds_shampoo.frameworks.deepspeed.section import say_which_optimizer_holds
+from ds_shampoo.frameworks.deepspeed.section import TYPE, config_of
 from ds_shampoo.frameworks.deepspeed.support import (
     refuse_factors_of_tied_layers,
     refuse_norms_of_slices,
@@ -83,7 +83,7 @@ def finish(engine: Any, trained: Iterable[Tensor]) -> None:
         RuntimeError: if the layout is not what the data says.
     """
     optimizer = engine.basic_optimizer
-    say_which_optimizer_holds(engine)
+    _say_which_optimizer_holds(engine)
     if isinstance(optimizer, Shampoo):
         layout = optimizer.layout
         if not isinstance(layout, EngineLayout) or not layout.is_of(engine):
@@ -117,6 +117,20 @@ def _put_floats_first(parameters: list[Tensor]) -> None:
     ZeRO takes the first parameter's dtype for everyone's, and would round all gradients to bytes.
     """
     parameters.sort(key=lambda parameter: not parameter.is_floating_point())
+
+
+def _say_which_optimizer_holds(engine: Any) -> None:
+    """Logs a warning, on the first rank, where one was passed and the config names another; one is Shampoo."""
+    section = config_of(engine).get("optimizer")
+    if engine.client_optimizer is None or not isinstance(section, Mapping) or engine.global_rank:
+        return
+    if isinstance(engine.basic_optimizer, Shampoo) or section.get("type") == TYPE:
+        log_to_stdout()
+        logger.warning(
+            'optimizer = {"type": "%s", ...} in the config does not hold: the engine trains with the %s that was '
+            "passed as optimizer=",
+            section.get("type"), type(engine.basic_optimizer).__name__,
+        )  # fmt: skip
 
 
 def _say_what_is_not_used(engine: Any, trained: Iterable[Tensor]) -> None:

@@ -91,23 +91,6 @@ def config_of(engine: Any) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def say_which_optimizer_holds(engine: Any) -> None:
-    """Logs a warning, on the first rank, where an engine got its optimizer beside the config's section, or in place.
-
-    Another optimizer in place of another section is none of ours.
-    """
-    section = config_of(engine).get("optimizer")
-    if engine.client_optimizer is None or not isinstance(section, Mapping) or engine.global_rank:
-        return
-    trains = type(engine.basic_optimizer).__name__
-    if TYPE in (trains, section.get("type")):
-        logger.warning(
-            'optimizer = {"type": "%s", ...} in the config does not hold: the engine trains with the %s that was '
-            "passed as optimizer=",
-            section.get("type"), trains,
-        )  # fmt: skip
-
-
 def _means_shampoo(name: str) -> bool:
     plain = name.lower().replace("_", "").replace("-", "")
     return "shampoo" in plain or bool(difflib.get_close_matches(plain, ["shampoo"], cutoff=0.75))
