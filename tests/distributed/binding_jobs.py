@@ -44,10 +44,14 @@ def warm_up(step: int) -> float:
 
 
 class Kept:
-    """The param groups of an object, to be found unchanged: the list, its dicts, and their order."""
+    """The param groups of an object, to be found unchanged: the list, its dicts, and their order.
+
+    Empty ones aside, which DeepSpeed takes out of every optimizer.
+    """
 
     def __init__(self, optimizer: Shampoo) -> None:
-        self._optimizer, self._groups, self._dicts = optimizer, optimizer.param_groups, list(optimizer.param_groups)
+        self._optimizer, self._groups = optimizer, optimizer.param_groups
+        self._dicts = [group for group in optimizer.param_groups if group["params"]]
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._dicts]
 
     def check(self) -> None:

@@ -45,8 +45,8 @@ def test_one_trajectory(pools: Pools, stage: int, precision: str, accumulation: 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_groups_and_a_scheduler(pools: Pools, stage: int, precision: str) -> None:
     config = engine_config(SHAMPOO, stage, 2, precision=precision)
-    for groups in (decay_groups, an_empty_group_first):
-        check(pools, ["config", "object"], config, stage, groups=groups, scheduled=True)
+    check(pools, ["config", "object"], config, stage, groups=decay_groups, scheduled=True)
+    check(pools, ["config", "object"], config, stage, groups=an_empty_group_first)
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["deepspeed.initialize", "ds_shampoo.initialize"])
