@@ -25,7 +25,7 @@ from ds_shampoo.parameters.reading import Parameters
 from ds_shampoo.parameters.unbound import Unbound, waits_to_be_bound
 from ds_shampoo.report.announcement import Announcement
 from ds_shampoo.report.metrics import collect
-from ds_shampoo.sharding.partition import Layout, WholeLayout
+from ds_shampoo.sharding.layout import Layout, WholeLayout
 from ds_shampoo.state import resuming
 from ds_shampoo.state.anew import read_anew
 from ds_shampoo.state.group_records import GroupRecords
@@ -110,7 +110,7 @@ class Shampoo(Optimizer):
         momentum: Literal["before", "after"] = "before",
         nesterov: bool = True,
         grafting: Grafting = "adam",
-        preconditioner: Literal["shampoo", "spectral"] = "shampoo",
+        preconditioner: str = "shampoo",
         direction_rms: float | None = None,
         block_size: int = 1024,
         max_preconditioner_dim: int | None = None,
@@ -145,7 +145,7 @@ class Shampoo(Optimizer):
         self._config = config
         self._given_names: dict[int, str] = {}  # by the parameter's id
         parameters = Parameters(model, layout or WholeLayout(), config)
-        subgroups = Subgroups(config, parameters.layout, parameters.order)
+        subgroups = Subgroups(config, parameters.layout, parameters.model_order)
         self._use(parameters, subgroups, GroupRecords(config, subgroups), alone=layout is None)
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ds_shampoo import accelerators
 from ds_shampoo.algorithm import selection
 from ds_shampoo.config import SettingsError, ShampooConfig
-from ds_shampoo.parameters import patterns, wrappers
-from ds_shampoo.sharding.partition import Layout, LogicalParameter
+from ds_shampoo.parameters import marks, patterns, wrappers
+from ds_shampoo.sharding.layout import Layout
+from ds_shampoo.sharding.partition import LogicalParameter
 
 
 class Parameters:
@@ -20,7 +21,7 @@ class Parameters:
     Attributes:
         model: the module that they belong to; None where it is not known.
         layout: how a host framework lays them out.
-        order: the ids of the model's parameters in its order; empty where no model is known.
+        model_order: the ids of the model's parameters in its order; empty where no model is known.
         have_names: whether embeddings and heads can be told by more than the names that the user passes.
     """
 
@@ -28,9 +29,10 @@ class Parameters:
         self.model, self.layout, self._config = model, layout, config
         self._patterns_hold = False
         self._names = selection.names(model) if model is not None else {}
-        self._kinds = selection.kinds(model) if model is not None else {}
+        self._reader = selection.Reader(layout.shape, marks.is_embedding_or_head)
+        self._kinds = selection.kinds(model, self._reader) if model is not None else {}
         self._aliases = selection.aliases(model) if model is not None else {}
-        self.order = tuple(self._names)
+        self.model_order = tuple(self._names)
         self.have_names = bool(self._aliases)
 
     def group(
@@ -73,8 +75,8 @@ class Parameters:
         own_name = name or self._names.get(id(tensor), f"param_{position}")
         unfit = wrappers.check_parameter(own_name, tensor)
         accelerators.check_parameter(own_name, tensor)
-        name, shape = self.layout.name(own_name, tensor), selection.full_shape(tensor)
-        found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor)
+        name, shape = self.layout.name(own_name, tensor), self.layout.shape(tensor)
+        found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor, self._reader)
         known_as = patterns.Named((*self._aliases.get(id(tensor), ()), own_name, name), shape)
         kind = patterns.overruled(self._config, known_as, found)
         return LogicalParameter(

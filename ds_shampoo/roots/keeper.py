@@ -131,17 +131,17 @@ class RootKeeper:
             ValueError: as `check_block_state` does; nothing is changed then.
         """
         self.check_block_state(slot, state)
-        block = BlockRoots.restored(state, self._order(settings))
+        block = BlockRoots.restored(state, self._root_order(settings))
         saved = state.get("pending")
         snapshots = [self._service.transfers.from_saved(values) for values in saved["snapshots"]] if saved else []
         self._replace(slot, block)
-        self._stack.ready[slot] &= int(state.get("order", 0)) in (0, self._order(settings))
+        self._stack.ready[slot] &= int(state.get("order", 0)) in (0, self._root_order(settings))
         if saved:
             corrections, updates = [float(c) for c in saved["corrections"]], int(saved.get("updates", 0))
             jobs = self._jobs(block, snapshots, corrections, updates=updates, settings=settings)
             block.pending = self._submit(slot, int(saved["begun_at"]), int(saved["due_at"]), jobs)
 
-    def _order(self, settings: GroupSettings) -> int:
+    def _root_order(self, settings: GroupSettings) -> int:
         return settings.inverse_exponent_override or self._stack.root_order
 
     def _reserve(self, slot: int, due: Pending | None) -> None:
@@ -182,12 +182,12 @@ class RootKeeper:
                 correction=correction,
                 updates=updates,
                 beta=settings.statistics_beta,
-                p=self._order(settings),
+                p=self._root_order(settings),
                 epsilon=settings.matrix_epsilon,
                 method=settings.root_method,
                 root_dtype=root.dtype,
                 threshold=settings.root_refresh_threshold,
-                former=basis if solved and block.order == self._order(settings) else None,
+                former=basis if solved and block.root_order == self._root_order(settings) else None,
             )
             for root, snapshot, correction, basis, solved in zip(
                 self._stack.roots, snapshots, corrections, block.bases, block.solved, strict=True
@@ -236,7 +236,7 @@ class RootKeeper:
         answers = [
             self._service.collect(task, job.snapshot) for task, job in zip(pending.tasks, pending.jobs, strict=True)
         ]
-        block.order = pending.jobs[0].p
+        block.root_order = pending.jobs[0].p
         for factor, answer in enumerate(answers):
             self._install(slot, factor, answer)
         self._judge(slot, pending.begun_at, [a.method for a in answers if a.verdict in _NO_ROOT], settings)

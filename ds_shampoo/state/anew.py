@@ -38,7 +38,7 @@ def read_anew(
             f"the Shampoo object has the state of {steps} steps, which would be lost: make a new object, and load the "
             "state of a checkpoint into the engine"
         )
-    subgroups = Subgroups(config, parameters.layout, parameters.order)
+    subgroups = Subgroups(config, parameters.layout, parameters.model_order)
     found = records.over(subgroups)
     present = {group["group_index"]: group for group in groups}
     for index, (made, logical) in enumerate(zip(records.all_made, before.logical, strict=True)):

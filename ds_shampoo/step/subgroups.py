@@ -15,8 +15,9 @@ from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.config import GroupSettings, SettingsError, ShampooConfig
 from ds_shampoo.roots.schedule import RootSchedule, turns_of
 from ds_shampoo.roots.service import RootService
+from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.ownership import fingerprint
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, check_agreement
+from ds_shampoo.sharding.partition import LogicalParameter, check_agreement
 from ds_shampoo.sharding.table import BlockTable, block_table, cut_all
 from ds_shampoo.step.elementwise import StepMemory
 from ds_shampoo.step.sharded_group import ShardedGroup
@@ -102,10 +103,10 @@ class Subgroups:
         turns: every block's in the rounds of root boundaries (`turns_of`).
     """
 
-    def __init__(self, config: ShampooConfig, layout: Layout, names: Iterable[int]) -> None:
-        """`names` are the ids of the model's parameters in its order; none where no model is known."""
+    def __init__(self, config: ShampooConfig, layout: Layout, model_order: Iterable[int]) -> None:
+        """`model_order` are the ids of the model's parameters in its order; none where no model is known."""
         self.layout = layout
-        self._order = {key: number for number, key in enumerate(names)}
+        self._model_order = {key: number for number, key in enumerate(model_order)}
         self.logical: list[list[LogicalParameter]] = []
         self.turns: dict[Block, int] = {}
         self._config = config
@@ -308,7 +309,7 @@ class Subgroups:
         for index in range(self._groups_with_turns, len(self.logical)):
             settings = self._schedules[index]
             members.setdefault(RootSchedule.of(settings), []).extend(
-                (self._order.get(id(parameter.tensor), len(self._order)), cut_all([parameter], settings))
+                (self._model_order.get(id(parameter.tensor), len(self._model_order)), cut_all([parameter], settings))
                 for parameter in self.logical[index]
             )
         mine: dict[Hashable, list[Block]] = {

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_shampoo.config import SettingsError
-from ds_shampoo.sharding.model_order import EXPERT
+from ds_shampoo.sharding.expert_names import expert_name
 from ds_shampoo.state.files import BlockReader, CheckpointError
 
 _WEIGHT = "weight"
@@ -35,15 +35,13 @@ def global_name(model: nn.Module, name: str, parameter: Tensor) -> str:
         return name
     from deepspeed.utils import groups
 
-    found = EXPERT.match(name)
+    found = expert_name(name)
     if found is None:
         raise ValueError(
             f"parameter '{name}' is an expert's, but its name does not tell which expert's: with Megatron leave "
             "moe_grouped_gemm out"
         )
-    local: Any = model.get_submodule(found["before"].removesuffix("."))
-    number = int(found["number"]) + groups._get_expert_parallel_rank(group) * len(local)
-    return f"{found['before']}{number}{found['after']}"
+    return str(found.numbered_from(groups._get_expert_parallel_rank(group) * found.beside(model)))
 
 
 def foreign_experts(model: nn.Module) -> dict[str, nn.Parameter]:

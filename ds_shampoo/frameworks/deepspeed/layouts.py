@@ -14,8 +14,9 @@ from torch import Tensor
 from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.frameworks.deepspeed.experts import expert_group, global_name
 from ds_shampoo.sharding.fragments import Fragment
+from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
+from ds_shampoo.sharding.partition import LogicalParameter, Partition, whole_fragments
 
 _Said = TypeVar("_Said")
 
@@ -44,11 +45,15 @@ def layout_for(engine: Any) -> Layout:
     return FlatLayout(engine) if stage else ReplicatedLayout(engine)
 
 
-class EngineLayout:
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has taken its elements away and left the shape in `ds_shape`."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class EngineLayout(Layout):
     """What all layouts under an engine share."""
 
     keeps_blocks_apart = True
-    steps_empty = False
 
     def __init__(self, engine: Any) -> None:
         self._engine = weakref.ref(engine)
@@ -64,6 +69,9 @@ class EngineLayout:
 
     def device(self, parameter: Tensor) -> torch.device:
         return torch.device(self._present_engine().device)
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return full_shape(parameter)
 
     def name(self, name: str, parameter: Tensor) -> str:
         """Asks the `mpu`, where it knows (that of GPTPipeline does)."""
@@ -84,15 +92,6 @@ class EngineLayout:
     def everyones(self, rounds: Rounds) -> Rounds:
         """Under pipeline, expert and tensor parallelism other ranks have other blocks; ranks are ordered by stage."""
         return union_over_ranks(rounds) if self._divides_the_model() else rounds
-
-    def parts(self, index: int) -> Sequence[Tensor] | None:
-        return None
-
-    def absent(self, tensor: Tensor) -> bool:
-        return False
-
-    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
-        return originals
 
     def _prove(self, parameter: LogicalParameter, start: int, master: Tensor, offset: int, present: Tensor) -> None:
         """Holds a reading of the layout against the data: master weights, rounded, are those that the model uses.
