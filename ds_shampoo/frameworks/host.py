@@ -37,6 +37,11 @@ class Host:
     names: tuple[Private, ...]
 
     @property
+    def tested_version(self) -> str:
+        """The release that everything was tested with."""
+        return _text(self.tested)
+
+    @property
     def version(self) -> str:
         """The installed release, as it calls itself."""
         return str(importlib.import_module(self.package).__version__)
@@ -64,7 +69,7 @@ class Host:
         if moved:
             raise SettingsError(
                 f"{self.name} {self.version} lacks what Shampoo needs of it, or has it otherwise: {'; '.join(moved)}. "
-                f"Shampoo was tested with {self.name} {_text(self.tested)}: install that"
+                f"Shampoo was tested with {self.name} {self.tested_version}: install that"
             )
 
     def of(self, holder: Any, name: str) -> Any:
@@ -79,7 +84,7 @@ class Host:
             known = next(str(private) for private in self.names if private.name == name)
             raise RuntimeError(
                 f"{self.name} {self.version}: a {type(holder).__name__} has no '{name}', where Shampoo looks for "
-                f"{known} of {self.name} {_text(self.tested)}, with which it was tested"
+                f"{known} of {self.name} {self.tested_version}, with which it was tested"
             )
         return found
 
@@ -92,7 +97,7 @@ def _check(host: Host, found: tuple[int, ...]) -> None:
     if found[:2] > host.tested[:2] and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(
             "Shampoo was tested with %s %s, not with %s; all that it uses was found there",
-            *(host.name, _text(host.tested), host.version),
+            *(host.name, host.tested_version, host.version),
         )
 
 

@@ -9,8 +9,10 @@ about its config (`zero_optimization_stage()`, ...), what `deepspeed.initialize`
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from ds_shampoo.frameworks.privates import Entry, Function, Given, Method, Priva
 from ds_shampoo.parameters import marks
 
 _CONFIG = "deepspeed.runtime.config.DeepSpeedConfig"
-_ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
+ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
+ENGINE_MODULE = ENGINE.rpartition(".")[0]
+CONFIGURING = f"{ENGINE}._configure_optimizer(self, client_optimizer, model_parameters)"
 _PIPELINE = "deepspeed.runtime.pipe.module.PipelineModule"
 _WRITER = "deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEngine"
 _FLAT = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
@@ -38,19 +42,20 @@ NAMES: tuple[Private, ...] = (
     Given(_CONFIG, "_param_dict"),  # the JSON
     Given(_CONFIG, "pipeline"),  # its section, defaults filled in
     Given(_CONFIG, "expert_parallel_config", since=(0, 19, 2)),
-    Given(_ENGINE, "_config"),
-    Given(_ENGINE, "basic_optimizer"),  # what ZeRO wraps
-    Given(_ENGINE, "client_optimizer"),  # what `initialize` was given as such
-    Given(_ENGINE, "pipeline_parallelism"),
-    Given(_ENGINE, "has_moe_layers"),
-    Given(_ENGINE, "mp_world_size"),
-    Given(_ENGINE, "sequence_parallel_size"),
-    Given(_ENGINE, "seq_data_parallel_group"),  # the ranks that hold the same parameters, experts apart
-    Given(_ENGINE, "expert_data_parallel_group"),  # those that hold the same experts, by the groups' names
-    Given(_ENGINE, "monitor"),
-    Given(_ENGINE, "global_samples"),
-    Given(_ENGINE, "checkpoint_engine"),
-    Method(_ENGINE, "_copy_recovery_script", passed_on=True),
+    Given(ENGINE, "_config"),
+    Given(ENGINE, "basic_optimizer"),  # what ZeRO wraps
+    Given(ENGINE, "client_optimizer"),  # what `initialize` was given as such
+    Given(ENGINE, "pipeline_parallelism"),
+    Given(ENGINE, "has_moe_layers"),
+    Given(ENGINE, "mp_world_size"),
+    Given(ENGINE, "sequence_parallel_size"),
+    Given(ENGINE, "seq_data_parallel_group"),  # the ranks that hold the same parameters, experts apart
+    Given(ENGINE, "expert_data_parallel_group"),  # those that hold the same experts, by the groups' names
+    Given(ENGINE, "monitor"),
+    Given(ENGINE, "global_samples"),
+    Given(ENGINE, "checkpoint_engine"),
+    Method(ENGINE, "_configure_optimizer", named=("client_optimizer", "model_parameters")),
+    Method(ENGINE, "_copy_recovery_script", passed_on=True),
     Given(_PIPELINE, "tied_modules"),
     Given(_PIPELINE, "_grid"),
     Given(_PIPELINE, "ds_pipe_replicated"),  # on a tied parameter: that another stage's copy counts in the norm
@@ -88,9 +93,11 @@ NAMES: tuple[Private, ...] = (
 
 # What is documented, or known by its use, but stood in for: with these arguments.
 STOOD_IN_FOR: tuple[Private, ...] = (
-    Method(_ENGINE, "save_checkpoint", named=("save_dir", "tag", "save_latest")),
+    Given(_CONFIG, "zero_allow_untested_optimizer"),
+    Given(_CONFIG, "zero_force_ds_cpu_optimizer"),
+    Method(ENGINE, "save_checkpoint", named=("save_dir", "tag", "save_latest")),
     Method(
-        _ENGINE,
+        ENGINE,
         "load_checkpoint",
         named=("load_dir", "tag", "load_module_strict", "load_optimizer_states", "load_module_only", "custom_load_fn"),
     ),
@@ -104,6 +111,33 @@ DEEPSPEED = Host("DeepSpeed", "deepspeed", tested=(0, 19, 8), oldest=(0, 16), na
 
 
 # What is asked of engines that are being set up, and may not have it yet: `check` has seen that they will.
+
+
+def engine_type(module: ModuleType) -> Any | None:
+    """The class of DeepSpeed's engines, of the module that has it; None where that has none."""
+    return getattr(module, ENGINE.rpartition(".")[2], None)
+
+
+def configuring_method(engine_type: Any) -> Callable[..., None] | None:
+    """The method in which an engine gets its optimizer; None where there is no such one with these arguments."""
+    found: Callable[..., None] | None = getattr(engine_type, "_configure_optimizer", None)
+    arguments = list(inspect.signature(found).parameters) if found is not None else []
+    return found if arguments == ["self", "client_optimizer", "model_parameters"] else None
+
+
+def replace_configuring_method(engine_type: Any, method: Callable[..., None]) -> None:
+    """Puts another in its place, in all engines: DeepSpeed has no hook for what is to be done before and after it."""
+    engine_type._configure_optimizer = method
+
+
+def inner_optimizer(engine: Any) -> Any:
+    """The optimizer that ZeRO's wrapper steps; without one, that which the user sees; None before there is any."""
+    return getattr(engine, "basic_optimizer", None)
+
+
+def override_config(engine: Any, key: str, value: Any) -> None:
+    """Has a key of the config hold otherwise: the engine reads it when it has its optimizer."""
+    setattr(DEEPSPEED.of(engine, "_config"), key, value)
 
 
 def config_of(engine: Any) -> Any:
@@ -138,11 +172,6 @@ def sequence_parallel_size(engine: Any) -> int:
 
 
 # What is asked of engines that are complete.
-
-
-def inner_optimizer(engine: Any) -> Any:
-    """The optimizer that ZeRO's wrapper steps; without one, that which the user sees."""
-    return DEEPSPEED.of(engine, "basic_optimizer")
 
 
 def given_optimizer(engine: Any) -> Any:

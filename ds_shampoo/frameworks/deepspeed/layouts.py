@@ -41,7 +41,7 @@ def layout_for(engine: Any) -> Layout:
     return FlatLayout(engine) if stage else ReplicatedLayout(engine)
 
 
-class _EngineLayout(Layout):
+class EngineLayout(Layout):
     """What all layouts under an engine share."""
 
     keeps_blocks_apart = True
@@ -54,6 +54,9 @@ class _EngineLayout(Layout):
         """False until the engine has its optimizer: a wrapper may take a step on zero gradients to allocate state."""
         engine = self._engine()
         return engine is not None and engine.optimizer is not None
+
+    def is_of(self, engine: Any) -> bool:
+        return self._engine() is engine
 
     def device(self, parameter: Tensor) -> torch.device:
         return torch.device(self._present_engine().device)
@@ -108,7 +111,7 @@ class _EngineLayout(Layout):
         return engine
 
 
-class ReplicatedLayout(_EngineLayout):
+class ReplicatedLayout(EngineLayout):
     """Stage 0: every rank holds every parameter whole, as itself or as an fp32 master copy of it."""
 
     def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
@@ -142,7 +145,7 @@ class ReplicatedLayout(_EngineLayout):
         return internals.replicas(self._present_engine(), names.pop())
 
 
-class FlatLayout(_EngineLayout):
+class FlatLayout(EngineLayout):
     """Stages 1 and 2 and BF16_Optimizer: one flat fp32 tensor per group, this rank's equal share of the group.
 
     ZeRO makes the low-precision parameters views into one flat buffer of which the shares are consecutive parts.
@@ -182,7 +185,7 @@ class FlatLayout(_EngineLayout):
         return {id(parameter) for parameter in parameters}
 
 
-class SubGroupLayout(_EngineLayout):
+class SubGroupLayout(EngineLayout):
     """Stage 3: a param group is stepped in sub-groups, each one flat fp32 tensor with a piece of every parameter in it.
 
     A parameter of n elements is cut into equal pieces, one per rank, the last of them padded.
