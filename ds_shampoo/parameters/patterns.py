@@ -13,6 +13,7 @@ from torch import nn
 from ds_shampoo.algorithm import selection
 from ds_shampoo.algorithm.selection import Kind, Role
 from ds_shampoo.config import SettingsError, ShampooConfig
+from ds_shampoo.parameters import marks
 from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.partition import LogicalParameter
 
@@ -50,7 +51,7 @@ def named(model: nn.Module | None, groups: Iterable[Iterable[LogicalParameter]],
         aliases = selection.aliases(model)
         for tensor in model.parameters():
             own = aliases[id(tensor)]
-            yield Named((*own, layout.name(own[0], tensor)), layout.shape(tensor))
+            yield Named((*own, layout.name(own[0], tensor)), marks.whole_shape(tensor))
 
 
 def check(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -76,7 +75,7 @@ NAMES: tuple[Private, ...] = (
     Given(_STAGE3, "dp_process_group"),
     Method(_STAGE3, "_get_sub_group_process_group", positional=1, since=(0, 19, 3)),
     Method(_STAGE3, "_swappable_optimizer_subgroup", positional=1),
-    Given(_PIECES, "ds_shape"),  # on a parameter: its whole shape,
+    Given(_PIECES, marks.WHOLE_SHAPE),  # on a parameter: its whole shape,
     Given(_PIECES, "ds_tensor"),  # this rank's piece of it, padded,
     Given(_PIECES, "partition_numel"),  # and the length of a piece, a function
     # Experts: marks on their parameters, and where groups of ranks are looked up by the name in a mark.
@@ -330,12 +329,6 @@ class SubGroups:
     def on_nvme(self, number: int) -> bool:
         """Whether a sub-group is moved out to NVMe between its steps."""
         return bool(DEEPSPEED.of(self._zero, "_swappable_optimizer_subgroup")(number))
-
-
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """A parameter's shape, also where stage 3 keeps a piece of it only."""
-    found: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return found
 
 
 def piece(parameter: Tensor) -> Tensor:
