@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_shampoo import accelerators
-from ds_shampoo.algorithm import selection
-from ds_shampoo.config import ShampooConfig
+from ds_shampoo.algorithm import fused, selection
+from ds_shampoo.algorithm.blocks import Parts
+from ds_shampoo.algorithm.selection import Kind
+from ds_shampoo.config import SettingsError, ShampooConfig
 from ds_shampoo.parameters import patterns, wrappers
 from ds_shampoo.sharding.partition import Layout, LogicalParameter
 
@@ -27,6 +29,9 @@ class Parameters:
         self._names = selection.names(model) if model is not None else {}
         self._kinds = selection.kinds(model) if model is not None else {}
         self._aliases = selection.aliases(model) if model is not None else {}
+        self._parts = fused.parts(model) if model is not None else {}
+        # What does not fit of the settings' patterns; None once all ranks have heard of it.
+        self._misfits: list[str] | None = []
         self.order = tuple(self._names)
         self.have_names = bool(self._aliases)
 
@@ -51,17 +56,38 @@ class Parameters:
         found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor)
         known_as = patterns.Named((*self._aliases.get(id(tensor), ()), own_name, name), shape)
         kind = patterns.overruled(self._config, known_as, found)
+        sections = self._layout.sections(own_name, tensor)
         return LogicalParameter(
             name,
             tensor,
             shape,
             kind.role,
             excluded,
-            self._layout.sections(own_name, tensor),
+            sections,
             unfit,
             vocabulary_dim=kind.vocabulary_dim,
             batch=kind.batch,
+            rank_dim=kind.rank_dim,
+            parts=self._fused(known_as, kind, tensor, sliced=sections is not None),
         )
+
+    def _fused(self, known_as: patterns.Named, kind: Kind, tensor: Tensor, *, sliced: bool) -> Parts | None:
+        """The parts of a fused matrix; None for one that the layout cuts at its parts' borders itself."""
+        try:
+            if sliced:
+                if patterns.asks_for_parts(self._config, known_as.names):
+                    raise SettingsError(
+                        f"Shampoo setting 'fused' has a pattern for '{known_as.names[-1]}', which is cut as Megatron "
+                        "slices and fuses it: leave it out"
+                    )
+                return None
+            by_name = None if self._aliases else fused.parts_by_name(known_as.names[-1], known_as.shape)
+            return patterns.parts(self._config, known_as, kind.batch, self._parts.get(id(tensor), by_name))
+        except SettingsError as error:
+            if self._misfits is None:
+                raise
+            self._misfits.append(str(error))
+            return None
 
     def check_patterns(self, groups: Iterable[Iterable[LogicalParameter]]) -> None:
         """Holds the settings' name patterns against all names, on all ranks together.
@@ -71,3 +97,7 @@ class Parameters:
         """
         named = patterns.named(self._model, groups, self._layout)
         patterns.check(self._config, named, self._layout.over_ranks)
+        misfits, self._misfits = self._misfits or [], None
+        if self._config.fused:
+            for misfit in self._layout.over_ranks(misfits):
+                raise SettingsError(misfit)

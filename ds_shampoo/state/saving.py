@@ -20,6 +20,8 @@ logger = logging.getLogger("ds_shampoo")
 
 # Settings that decide which blocks there are; a checkpoint made with others can't be taken up.
 STRUCTURAL = ("block_size", "max_preconditioner_dim", "max_factor_ratio", "merge_small_dims", "embedding")
+# Releases before this rule cut fused matrices as one, and gave LoRA's long sides factors: such blocks start fresh.
+_RULE = {"rule": "fused parts apart, LoRA by its rank"}
 
 
 def blocks_state(groups: Iterable[ShardedGroup]) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def check(units: Sequence[Piece], reader: BlockReader) -> None:
     fitting: dict[str, Block] = {}
     for unit in units:
         for block, *_ in unit.sharded.slots():
-            if reader.holds(str(block), block.origin, block.shape):
+            if reader.holds(block):
                 fitting[str(block)] = block
             elif same_cut:
                 raise CheckpointError(
@@ -111,7 +113,7 @@ def restore(units: Sequence[Piece], reader: BlockReader) -> None:
         for name, state in unit.sharded.states_by_name(unit.states).items():
             _count_as_saved(name, state, reader)
         for block, stack, keeper, slot in unit.sharded.slots():
-            if reader.holds(str(block), block.origin, block.shape):
+            if reader.holds(block):
                 _load(block, stack, keeper, slot, reader.read(str(block)), unit.settings)
             else:
                 fresh.append(str(block))
@@ -136,8 +138,8 @@ def _count_as_saved(name: str, state: dict[str, Any], reader: BlockReader) -> No
 
 
 def _cuts(units: Sequence[Piece]) -> list[dict[str, Any]]:
-    """The settings by which blocks are cut, of each param group once."""
-    cuts = [{key: getattr(unit.settings, key) for key in STRUCTURAL} for unit in units]
+    """The settings by which blocks are cut, of each param group once, and the rule, where it changed with a release."""
+    cuts = [{**{key: getattr(unit.settings, key) for key in STRUCTURAL}, **_RULE} for unit in units]
     return [cut for number, cut in enumerate(cuts) if cut not in cuts[:number]]
 
 
