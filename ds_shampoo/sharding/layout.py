@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Section
-from ds_shampoo.sharding.order import Rounds
+from ds_shampoo.sharding.model_order import Rounds
 from ds_shampoo.sharding.partition import LogicalParameter, Partition, whole_fragments
 
 _Said = TypeVar("_Said")
@@ -20,7 +20,7 @@ class Layout(ABC):
     """Turns what a host framework did to the parameters into fragments; one subclass per way of doing it.
 
     A framework steps a param group whole, or in parts that it calls `step` for one after the other (ZeRO-3's
-    sub-groups); `held` is what stands in the group at such a step. What a subclass does not override holds for a
+    sub-groups); `stand_ins` is what stands in the group at such a step. What a subclass does not override holds for a
     single process.
 
     Attributes:
@@ -67,12 +67,12 @@ class Layout(ABC):
         """Whether a tensor that is stepped has been moved out of memory until its step."""
         return False
 
-    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
-        """Those of a param group's original parameters that `held` stands for."""
+    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        """Those of a param group's original parameters that `stand_ins` stands for."""
         return originals
 
     @abstractmethod
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         """Maps original parameters to the tensors that stand for them.
 
         Raises:
@@ -83,8 +83,8 @@ class Layout(ABC):
 class WholeLayout(Layout):
     """One process, every parameter whole: Shampoo as an ordinary torch optimizer."""
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        if [id(parameter.tensor) for parameter in members] != [id(tensor) for tensor in held]:
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
+        if [id(parameter.tensor) for parameter in members] != [id(tensor) for tensor in stand_ins]:
             raise RuntimeError(
                 "the parameters of a param group were replaced after Shampoo was constructed; under DeepSpeed "
                 "select Shampoo in the JSON's optimizer section, or call ds_shampoo.initialize"
