@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -34,6 +35,17 @@ class Layout(ABC):
     def in_training(self) -> bool:
         """False while the framework calls `step` only to have state allocated, as DeepSpeed does in set-up."""
         return True
+
+    def check_step(self) -> None:  # noqa: B027  # one process takes every step
+        """Refuses a step that the ranks can't take together; before anything of it."""
+
+    def check_alike(self, own: Mapping[str, object]) -> None:  # noqa: B027  # and is like itself
+        """Holds what has to be the same on all ranks against the other ranks'; all ranks ask at once."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what a rank may refuse: where one does, all do."""
+        yield
 
     def device(self, parameter: Tensor) -> torch.device:
         """Where blocks are kept and preconditioned: that of the model's compute, wherever shards lie."""

@@ -16,7 +16,7 @@ from ds_shampoo.frameworks.deepspeed.experts import expert_group, global_name
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
-from ds_shampoo.sharding.partition import LogicalParameter, Partition, whole_fragments
+from ds_shampoo.sharding.partition import LogicalParameter, Partition, replicated
 
 _Said = TypeVar("_Said")
 
@@ -125,15 +125,7 @@ class ReplicatedLayout(_EngineLayout):
         for parameter, tensor in zip(trained, stand_ins, strict=True):
             if tensor is not parameter.tensor:
                 self._prove(parameter, 0, tensor, 0, parameter.tensor.reshape(-1))
-        group = self._replicas(members)
-        ranks = range(dist.get_world_size(group))
-        fragments = [
-            fragment
-            for rank in ranks
-            for fragment, parameter in zip(whole_fragments(trained, rank), _nonempty(trained), strict=True)
-            if parameter.tensor.requires_grad
-        ]
-        return Partition(fragments, dist.get_rank(group), len(ranks), group)
+        return replicated(trained, self._replicas(members), missing_alike=False)
 
     def _replicas(self, members: Sequence[LogicalParameter]) -> dist.ProcessGroup:
         """The ranks that hold the same parameters: the data-parallel ones, or an expert's."""
@@ -282,10 +274,6 @@ def _difference(name: str, found: Tensor, present: Tensor) -> str:
         "weights or masters before Shampoo first saw them (safe_set_full_fp32_param, load_state_dict on the module): "
         "do that before deepspeed.initialize, or after it returned"
     )
-
-
-def _nonempty(parameters: Sequence[LogicalParameter]) -> list[LogicalParameter]:
-    return [parameter for parameter in parameters if parameter.tensor.numel()]
 
 
 def _misread(reason: str) -> RuntimeError:
