@@ -21,15 +21,17 @@ from ds_shampoo.config import (
     parse,
     parse_group,
 )
+from ds_shampoo.parameters.data_parallel import layout_for, listed
 from ds_shampoo.parameters.reading import Parameters
 from ds_shampoo.parameters.unbound import Unbound, waits_to_be_bound
 from ds_shampoo.report.announcement import Announcement
 from ds_shampoo.report.metrics import collect
-from ds_shampoo.sharding.layout import Layout, WholeLayout
+from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.state import resuming
 from ds_shampoo.state.anew import read_anew
+from ds_shampoo.state.consolidation import Consolidation
 from ds_shampoo.state.group_records import GroupRecords
-from ds_shampoo.state.shown import ShownBlocks, with_blocks
+from ds_shampoo.state.shown import ShownBlocks
 from ds_shampoo.step.elementwise import new_state
 from ds_shampoo.step.rounds import Rounds
 from ds_shampoo.step.sharded_group import ShardedGroup
@@ -94,7 +96,9 @@ class Shampoo(Optimizer):
         root_cores: cores for the root threads of all ranks of a machine, a list or a string like "0-3,8"; "auto"
             for each rank's own.
         root_timeout: seconds after which a thread that is at one root is taken to hang.
-        model: the module that the parameters belong to; gives them names and tells embeddings and heads.
+        model: the module that the parameters belong to; gives them names and tells embeddings and heads. Where it is a
+            DistributedDataParallel, or has one in it with all that is trained, its ranks share the blocks out: all of
+            them make the optimizer, step it and load its state, at once.
         layout: how a host framework lays parameters out; None for whole parameters in one process.
 
     Raises:
@@ -148,9 +152,11 @@ class Shampoo(Optimizer):
         config = parse({**settings, **unknown})
         self._config = config
         self._given_names: dict[int, str] = {}  # by the parameter's id
-        parameters = Parameters(model, layout or WholeLayout(), config)
+        if layout is None:
+            params = listed(params)
+        parameters = Parameters(model, layout or layout_for(model, params), config)
         subgroups = Subgroups(config, parameters.layout, parameters.model_order)
-        self._use(parameters, subgroups, GroupRecords(config, subgroups), alone=layout is None)
+        self._use(parameters, subgroups, GroupRecords(config, subgroups))
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
         if layout is None:
@@ -185,21 +191,19 @@ class Shampoo(Optimizer):
             records=self._records,
             names=self._given_names,
         )
-        self._use(parameters, subgroups, records, alone=False)
+        self._use(parameters, subgroups, records)
         self.state.clear()
         unbound.discard(self)
         self._take_up()
 
-    def _use(self, parameters: Parameters, subgroups: Subgroups, records: GroupRecords, alone: bool) -> None:
-        """Begins with what was read of the parameters; `alone` where no framework lays them out."""
+    def _use(self, parameters: Parameters, subgroups: Subgroups, records: GroupRecords) -> None:
+        """Begins with what was read of the parameters."""
         self.layout, self._parameters = parameters.layout, parameters
         self._subgroups, self._records = subgroups, records
-        self._announcement = Announcement(subgroups, parameters, alone)
+        self._announcement = Announcement(subgroups, parameters)
         self._transaction = Transaction()
-        self._shown = ShownBlocks()
+        self._shown, self._consolidation = ShownBlocks(), Consolidation()
         self._rounds = Rounds(subgroups)
-        # Whether the state that was loaded last was saved by Shampoo.
-        self.took_up_shampoo = False
 
     def _take_up(self) -> torch.device:
         """What is done once the first param groups are there; returns the device that their blocks are on."""
@@ -218,7 +222,8 @@ class Shampoo(Optimizer):
         Raises:
             SettingsError: for a setting that is refused, a sparse or complex parameter, or a name used twice.
         """
-        settings = parse_group(param_group, self.defaults)
+        known = {key: self.defaults[key] for key in GroupSettings.model_fields}  # torch adds keys of its own on loading
+        settings = parse_group(param_group, known)
         check_delay(settings, self._config.root_delay)
         params = param_group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
@@ -231,26 +236,37 @@ class Shampoo(Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads and schedules, which it would trace anew each step
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step with the gradients that the parameters have; those without are left alone.
+
+        Ranks that share blocks all call it at once.
 
         What it raises while it waits leaves everything as if it had not been called, and it may be called again. A
         signal that arrives while it changes weights and state is handled when it is done.
 
+        Args:
+            closure: computes the gradients anew; it is called first, and nothing is done where it fails.
+
+        Returns:
+            The loss that the closure gives; None without one.
+
         Raises:
-            ValueError: if a closure is given.
             SettingsError: for a setting of a param group that was changed to a value that is refused, or that
                 decides what blocks there are.
             WorkerError: naming the block, where its root can't be computed.
             BrokenStepError: if an earlier step failed half-way and no state was loaded since.
         """
-        if closure is not None:
-            raise ValueError("Shampoo.step takes no closure: compute the loss and its gradients before the step")
-        if not self.layout.in_training():
-            return
         self._transaction.check()
+        self.layout.check_step()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.layout.in_training():
+            return loss
         goes_on = self.layout.keeps_blocks_apart and self._rounds.under_way  # elsewhere one call steps everything
         subgroups = self._prepared(goes_on)
+        self._consolidation.forget()
         with self._transaction.running():
             for number, subgroup in enumerate(subgroups):
                 self._rounds.begin(subgroup.sharded, first=number == 0 and not goes_on)
@@ -260,6 +276,7 @@ class Shampoo(Optimizer):
                 self._shown.note(subgroup)
                 self._rounds.end(subgroup.sharded)
             self._transaction.end()
+        return loss
 
     @property
     def between_steps(self) -> bool:
@@ -301,20 +318,36 @@ class Shampoo(Optimizer):
         """
         return collect(self._subgroups.groups, self._subgroups.workplaces, sync)
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's `state` and `param_groups`, with this rank's factors and roots under each parameter's "blocks".
+    def consolidate_state_dict(self, to: int | None = None) -> None:
+        """Gathers the blocks of all ranks for `state_dict`, where ranks share them; all of them call it at once.
 
-        That is a dict by the block's number in the parameter, of tensors, numbers and dicts of these: `torch.load`
-        takes it with `weights_only=True`, and `torch.distributed.checkpoint` as it is. As in every torch optimizer the
-        tensors are those in use. Under DeepSpeed there are no blocks in it: `engine.save_checkpoint` writes them to
-        files of their own.
+        What is gathered is kept, in the host's memory, until the next step. Where nothing is shared nothing is done.
+
+        Args:
+            to: the rank that gets them, of the DistributedDataParallel's; None for all ranks.
 
         Raises:
             BrokenStepError: if a step failed half-way.
         """
         self._transaction.check()
         if not self.layout.keeps_blocks_apart:
-            self._all_bound()
+            self._consolidation.gather(self._all_bound(), to)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's `state` and `param_groups`, with factors and roots under each parameter's "blocks".
+
+        That is a dict by the block's number in the parameter, of tensors, numbers and dicts of these: `torch.load`
+        takes it with `weights_only=True`, and `torch.distributed.checkpoint` as it is. As in every torch optimizer the
+        tensors are those in use. Where ranks share blocks, `consolidate_state_dict` comes first. Under DeepSpeed there
+        are no blocks in it: `engine.save_checkpoint` writes them to files of their own.
+
+        Raises:
+            BrokenStepError: if a step failed half-way.
+            RuntimeError: if this rank lacks blocks of others.
+        """
+        self._transaction.check()
+        if not self.layout.keeps_blocks_apart:
+            self._consolidation.check(self._all_bound())
         handle = self.register_state_dict_post_hook(self._completed, prepend=True)
         try:
             return super().state_dict()
@@ -322,7 +355,7 @@ class Shampoo(Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave, bit for bit, on the rank and world size that saved it.
+        """Restores what `state_dict` gave, bit for bit; each rank takes the blocks that it owns.
 
         As with every torch optimizer the saved settings come back too; those that differ from the present ones
         are logged. Under DeepSpeed the JSON's hold, but for the learning rate and what else was changed since the
@@ -441,6 +474,7 @@ class Shampoo(Optimizer):
                     if settings is not None:
                         each.sharded.wait_for_roots(settings)
             self._parameters.check_patterns(self._subgroups.logical)
+            self._parameters.look_again(self._subgroups.logical)
             taking_part = [group for group in self.param_groups if self._subgroups.takes_part(group)]
             bound = [subgroup for group in taking_part for subgroup in self._bound(group, group["params"])]
             self._announcement.make(self.param_groups)
@@ -478,7 +512,7 @@ class Shampoo(Optimizer):
                 for saved, group, own in zip(state_dict["param_groups"], self.param_groups, made, strict=True)
             ]
             return {**state_dict, "param_groups": groups, "blocks": {}}
-        return with_blocks(state_dict, self.param_groups, self._all_bound())
+        return self._consolidation.completed(state_dict, self.param_groups, self._all_bound())
 
     def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state as it is to be loaded, held against this optimizer.
@@ -486,9 +520,12 @@ class Shampoo(Optimizer):
         Raises:
             SettingsError: if it does not fit.
         """
-        resuming.check_groups(state_dict, self.param_groups)
         if not self.layout.keeps_blocks_apart:
-            return resuming.adapted(state_dict, self.param_groups, self._subgroups.logical)
+            with self.layout.together():
+                adapted = resuming.adapted(state_dict, self.param_groups, self._subgroups.logical)
+            self.layout.check_alike(resuming.told(adapted))
+            return adapted
+        resuming.check_groups(state_dict, self.param_groups)
         groups = resuming.with_present_settings(state_dict, self.param_groups, self.made())
         return {**state_dict, "param_groups": groups}
 
