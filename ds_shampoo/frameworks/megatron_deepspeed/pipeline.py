@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor, nn
 
 from ds_shampoo.config import SettingsError
-from ds_shampoo.frameworks.deepspeed.internals import count_on_every_rank, grid, is_counted_elsewhere
+from ds_shampoo.frameworks.deepspeed.internals import count_on_every_rank, is_counted_elsewhere
 from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.megatron_deepspeed import mpu
@@ -109,7 +109,7 @@ class GPTPipeline(PipelineModule):  # type: ignore[misc]
         self._names = list(layers)
         self.sequence_parallel = bool(config.sequence_parallel)
         self.seed_layers = False  # or every forward pass would begin with a new seed
-        self._ranks = Ranks(grid(self))
+        self._ranks = Ranks(super().mpu())
         self._count_once()
 
     def mpu(self) -> Ranks:
