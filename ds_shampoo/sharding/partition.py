@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.algorithm.blocks import Parts, Section
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.sharding.fragments import Fragment
 
@@ -28,6 +28,8 @@ class LogicalParameter:
         unfit: what keeps it from being trained, as a quantised weight that nobody trains; empty for an ordinary one.
         vocabulary_dim: of an embedding or head, the dimension over the vocabulary: 0, -1, or None for neither.
         batch: so many independent matrices lie one after another in it, as a layer's experts do.
+        rank_dim: of a LoRA factor, the dimension over the rank: 0 or -1; None for anything else.
+        parts: the matrices that are fused in it, or in each of its batch; None for one matrix, or with `sections`.
     """
 
     name: str
@@ -39,6 +41,8 @@ class LogicalParameter:
     unfit: str = ""
     vocabulary_dim: int | None = 0
     batch: int = 1
+    rank_dim: int | None = None
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,15 @@ class Partition:
         fragments: those of all ranks, in an order that all ranks share.
         rank, world_size: of this process in `process_group`.
         process_group: the group's data-parallel ranks; None for a single process.
+        missing_alike: a parameter without gradient has none on any of these ranks, and takes no part in a step.
+            Elsewhere it may be missing on this rank alone, and counts as zero.
     """
 
     fragments: Sequence[Fragment]
     rank: int = 0
     world_size: int = 1
     process_group: dist.ProcessGroup | None = None
+    missing_alike: bool = False
 
 
 def check_agreement(value: int, what: str, partition: Partition, device: torch.device) -> None:
@@ -77,3 +84,10 @@ def whole_fragments(originals: Sequence[LogicalParameter], rank: int) -> list[Fr
         for buffer, parameter in enumerate(originals)
         if parameter.tensor.numel()
     ]
+
+
+def replicated(parameters: Sequence[LogicalParameter], group: dist.ProcessGroup, missing_alike: bool) -> Partition:
+    """Every rank of a group holds every parameter whole, each in a buffer of its own."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    fragments = [fragment for each in range(world_size) for fragment in whole_fragments(parameters, each)]
+    return Partition(fragments, rank, world_size, group, missing_alike)
