@@ -136,6 +136,14 @@ def test_what_is_refused(pools: Pools, stage: int, kind: str, message: str) -> N
     assert found.startswith(message)
 
 
+@pytest.mark.parametrize("way", ["config", "callable"])
+def test_iterators_in_param_groups_are_left_to_the_optimizer(pools: Pools, way: str) -> None:
+    job, config = binding_jobs.by_ways, engine_config(SHAMPOO, 1, 1)
+    ((plain,),) = pools(1).run(job, [way], config, 3)
+    ((found,),) = pools(1).run(job, [way], config, 3, groups=binding_jobs.generated)
+    assert found.losses == plain.losses
+
+
 def test_patterns_are_about_the_names_that_were_passed(pools: Pools) -> None:
     assert pools(1).run(binding_jobs.refused, engine_config(SHAMPOO, 1, 1), "pattern") == [""]
 

@@ -43,6 +43,11 @@ def warm_up(step: int) -> float:
     return min(1.0, (step + 1) / 4)
 
 
+def generated(model: nn.Module) -> list[dict[str, Any]]:
+    """A param group that can be looked through once only."""
+    return [{"params": model.parameters()}]
+
+
 class Kept:
     """The param groups of an object, to be found unchanged: the list, its dicts, and their order.
 

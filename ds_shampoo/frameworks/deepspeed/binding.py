@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -157,11 +157,14 @@ def _say_what_is_not_used(optimizer: Any) -> None:
 
 
 def _parameters_in(members: Iterable[Any]) -> Iterator[Tensor]:
-    """The parameters of a list that has them as they are, with names, or in param groups."""
+    """The parameters of a list that has them as they are, with names, or in param groups.
+
+    A group's iterator is left alone: whoever makes the optimizer needs what it gives.
+    """
     for member in members:
         if isinstance(member, Tensor):
             yield member
-        elif isinstance(member, dict):
-            yield from _parameters_in([member["params"]] if isinstance(member["params"], Tensor) else member["params"])
         elif isinstance(member, tuple):
             yield member[1]
+        elif isinstance(params := member["params"], Tensor | Sequence):
+            yield from _parameters_in([params] if isinstance(params, Tensor) else params)
