@@ -166,5 +166,5 @@ def _parameters_in(members: Iterable[Any]) -> Iterator[Tensor]:
             yield member
         elif isinstance(member, tuple):
             yield member[1]
-        elif isinstance(params := member["params"], Tensor | Sequence):
+        elif isinstance(member, Mapping) and isinstance(params := member.get("params"), Tensor | Sequence):
             yield from _parameters_in([params] if isinstance(params, Tensor) else params)
