@@ -1,14 +1,12 @@
-"""Shampoo as a torch optimizer: checks its settings, keeps one ShardedGroup per param group, saves and restores."""
+"""Shampoo as a torch optimizer: its settings, its step, and what it says of itself."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
@@ -16,34 +14,30 @@ from ds_shampoo.config import (
     Dtype,
     Grafting,
     GroupSettings,
-    SettingsError,
     ShampooConfig,
     check_delay,
     parse,
     parse_group,
 )
-from ds_shampoo.parameters import wrappers
-from ds_shampoo.parameters.data_parallel import DataParallelLayout, layout_for, listed
+from ds_shampoo.parameters.data_parallel import layout_for, listed
 from ds_shampoo.parameters.reading import Parameters
+from ds_shampoo.parameters.unbound import Unbound, waits_to_be_bound
 from ds_shampoo.report.announcement import Announcement
 from ds_shampoo.report.metrics import collect
 from ds_shampoo.sharding.layout import Layout
-from ds_shampoo.state import resuming
-from ds_shampoo.state.consolidation import Consolidation
+from ds_shampoo.state.anew import read_anew
 from ds_shampoo.state.group_records import GroupRecords
-from ds_shampoo.state.shown import ShownBlocks
-from ds_shampoo.step.elementwise import new_state
-from ds_shampoo.step.rounds import Rounds
+from ds_shampoo.state.stateful import StatefulOptimizer
 from ds_shampoo.step.sharded_group import ShardedGroup
-from ds_shampoo.step.subgroups import BoundSubgroup, Subgroup, Subgroups
-from ds_shampoo.step.transaction import Transaction
-
-logger = logging.getLogger("ds_shampoo")
+from ds_shampoo.step.subgroups import Subgroups
 
 NamedParameters = Iterable[tuple[str, Tensor]]
 
+# Those that are there and that no framework has laid out.
+unbound: Unbound[Shampoo] = Unbound()
 
-class Shampoo(Optimizer):
+
+class Shampoo(StatefulOptimizer):
     """Distributed Shampoo (Anil et al., arXiv 2002.09018), with blocks and grafting, as docs/algorithm.md specifies it.
 
     Args:
@@ -78,10 +72,13 @@ class Shampoo(Optimizer):
         root_dtype: "float32" or "bfloat16", in which roots are kept between steps.
         root_refresh_threshold: skip a root whose statistic moved less than this; 0 never skips.
         max_root_failures: boundaries without a new root after which a block takes its grafting step.
-        roles: by pattern of parameters' names, as `fnmatch` takes it: "weight", "embedding", "head" or "none" (grafting
-            only), where names and modules tell it wrongly. The first pattern that matches holds; None for no pattern.
+        roles: by pattern of parameters' names, as `fnmatch` takes it: "weight", "embedding", "head", "lora" (its rank's
+            side only) or "none" (grafting only), where names and modules tell it wrongly. The first pattern that
+            matches holds; None for no pattern.
         batch_dims: by such patterns, how many leading dimensions number independent matrices, as a layer's experts; 0
             for one tensor. None for what names and modules tell.
+        fused: by such patterns, the matrices that one holds side by side, as queries, keys and values: how many of one
+            size, or the length of each along rows or columns; 1 for one matrix. None for what names and modules tell.
         exchange_dtype: "float32" or "bfloat16", of what travels between ranks.
         root_overlap: compute roots on background host threads; False computes them within the step.
         root_delay: steps from a root's statistics to the step at which it is put in force, at most root_interval;
@@ -129,8 +126,9 @@ class Shampoo(Optimizer):
         root_dtype: Dtype = "float32",
         root_refresh_threshold: float = 0.0,
         max_root_failures: int = 5,
-        roles: dict[str, Literal["weight", "embedding", "head", "none"]] | None = None,
+        roles: dict[str, Literal["weight", "embedding", "head", "lora", "none"]] | None = None,
         batch_dims: dict[str, int] | None = None,
+        fused: dict[str, int | list[int]] | None = None,
         exchange_dtype: Dtype = "float32",
         root_overlap: bool = True,
         root_delay: int | None = None,
@@ -144,30 +142,65 @@ class Shampoo(Optimizer):
         settings = {key: value for key, value in locals().items() if key in ShampooConfig.model_fields}
         config = parse({**settings, **unknown})
         self._config = config
-        params = params if layout is not None else listed(params)
-        self.layout = layout if layout is not None else layout_for(model, params)
-        self._parameters = Parameters(model, self.layout, config)
-        self._subgroups = Subgroups(config, self.layout, self._parameters.model_order)
-        self._records = GroupRecords(config, self._subgroups)
-        self._announcement = Announcement(self._subgroups, by_name_only=not self._parameters.have_names)
-        self._transaction = Transaction()
-        self._shown, self._consolidation = ShownBlocks(), Consolidation()
-        self._rounds = Rounds(self._subgroups)
-        # Whether the state that was loaded last was saved by Shampoo.
-        self.took_up_shampoo = False
+        self._given_names: dict[int, str] = {}  # by the parameter's id
+        if layout is None:
+            params = listed(params)
+        parameters = Parameters(model, layout or layout_for(model, params), config)
+        subgroups = Subgroups(config, parameters.layout, parameters.model_order)
+        self._use(parameters, subgroups, GroupRecords(config, subgroups))
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
-        if layout is None and not isinstance(self.layout, DataParallelLayout):
-            wrappers.warn_of_repeated_work(model)
+        if layout is None:
+            unbound.add(self)
+        if layout is None and waits_to_be_bound():
+            return
+        device = self._take_up()
+        if device.type != "meta" and not self.layout.keeps_blocks_apart:
+            self._all_bound()  # torch's tools look at the state before the first step
+
+    def bind(self, model: nn.Module, layout: Layout) -> None:
+        """Lays the same param groups out anew, as a framework will step them; for frameworks, before the first step.
+
+        Groups, their settings, hooks and schedulers stay, and so do names that were passed with the parameters. All
+        other names are the model's. What fails leaves everything as it was.
+
+        Args:
+            model: the module that the parameters belong to, in place of the one given at construction.
+            layout: as at construction.
+
+        Raises:
+            SettingsError: if it has taken a step or up a state, if other tensors stand in a group than it was made
+                with, and as at construction.
+        """
+        self._transaction.check()
+        parameters = Parameters(model, layout, self._config)
+        subgroups, records = read_anew(
+            self.param_groups,
+            parameters,
+            config=self._config,
+            before=self._subgroups,
+            records=self._records,
+            names=self._given_names,
+        )
+        self._use(parameters, subgroups, records)
+        self.state.clear()
+        unbound.discard(self)
+        self._take_up()
+
+    def _use(self, parameters: Parameters, subgroups: Subgroups, records: GroupRecords) -> None:
+        super()._use(parameters, subgroups, records)
+        self._announcement = Announcement(subgroups, parameters)
+
+    def _take_up(self) -> torch.device:
+        """What is done once the first param groups are there; returns the device that their blocks are on."""
         self._parameters.check_patterns(self._subgroups.logical)
+        self._subgroups.give_turns()
         members = [parameter for group in self._subgroups.logical for parameter in group]
         first = max(members, key=lambda parameter: parameter.tensor.requires_grad, default=None)
         device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
-        self._subgroups.give_turns()
         if device.type != "meta":
             self._subgroups.workplace(device)
-            if not self.layout.keeps_blocks_apart:  # torch's tools look at the state before the first step
-                self.prepare()
+        return device
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
@@ -180,17 +213,12 @@ class Shampoo(Optimizer):
         check_delay(settings, self._config.root_delay)
         params = param_group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
-        before, excluded = sum(map(len, self._subgroups.logical)), not param_group.get("preconditioned", True)
-        logical = [self._parameters.logical(member, excluded, before + n) for n, member in enumerate(members)]
-        taken = {parameter.name for group in self._subgroups.logical for parameter in group}
-        for parameter in logical:
-            if parameter.name in taken:
-                raise SettingsError(f"parameter name '{parameter.name}' is used twice")
-            taken.add(parameter.name)
+        logical = self._parameters.group(members, param_group, self._subgroups.logical)
         own = {**param_group, **settings.model_dump(), "group_index": len(self._subgroups.logical)}
         super().add_param_group({**own, "params": [parameter.tensor for parameter in logical]})
         self._records.add(own)
         self._subgroups.add(logical, settings)
+        self._given_names.update({id(member[1]): member[0] for member in members if isinstance(member, tuple)})
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads and schedules, which it would trace anew each step
     @torch.no_grad()
@@ -224,6 +252,7 @@ class Shampoo(Optimizer):
             return loss
         goes_on = self.layout.keeps_blocks_apart and self._rounds.under_way  # elsewhere one call steps everything
         subgroups = self._prepared(goes_on)
+        self._announcement.make(self.param_groups)
         self._consolidation.forget()
         with self._transaction.running():
             for number, subgroup in enumerate(subgroups):
@@ -244,9 +273,10 @@ class Shampoo(Optimizer):
     def prepare(self) -> None:
         """Builds blocks, owners and state of all groups now rather than at the first step.
 
-        To be called while all groups are in place; it is what `describe` and `load_state_dict` do first.
+        To be called while all groups are in place; it is what `describe` does first.
         """
         self._all_bound()
+        self._announcement.make(self.param_groups)
 
     def describe(self) -> str:
         """A table of what is preconditioned, by which blocks, on which ranks, with bytes; and what is not, and why."""
@@ -275,86 +305,6 @@ class Shampoo(Optimizer):
         """
         return collect(self._subgroups.groups, self._subgroups.workplaces, sync)
 
-    def consolidate_state_dict(self, to: int | None = None) -> None:
-        """Gathers the blocks of all ranks for `state_dict`, where ranks share them; all of them call it at once.
-
-        What is gathered is kept, in the host's memory, until the next step. Where nothing is shared nothing is done.
-
-        Args:
-            to: the rank that gets them, of the DistributedDataParallel's; None for all ranks.
-
-        Raises:
-            BrokenStepError: if a step failed half-way.
-        """
-        self._transaction.check()
-        if not self.layout.keeps_blocks_apart:
-            self._consolidation.gather(self._all_bound(), to)
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's `state` and `param_groups`, with factors and roots under each parameter's "blocks".
-
-        That is a dict by the block's number in the parameter, of tensors, numbers and dicts of these: `torch.load`
-        takes it with `weights_only=True`, and `torch.distributed.checkpoint` as it is. As in every torch optimizer the
-        tensors are those in use. Where ranks share blocks, `consolidate_state_dict` comes first. Under DeepSpeed there
-        are no blocks in it: `engine.save_checkpoint` writes them to files of their own.
-
-        Raises:
-            BrokenStepError: if a step failed half-way.
-            RuntimeError: if this rank lacks blocks of others.
-        """
-        self._transaction.check()
-        if not self.layout.keeps_blocks_apart:
-            self._consolidation.check(self._all_bound())
-        handle = self.register_state_dict_post_hook(self._completed, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave, bit for bit; each rank takes the blocks that it owns.
-
-        As with every torch optimizer the saved settings come back too; those that differ from the present ones
-        are logged. Under DeepSpeed the JSON's hold, but for the learning rate and what else was changed since the
-        param group was made (by a scheduler, say), and another optimizer's moments are taken up too.
-
-        Raises:
-            SettingsError: if the state is not Shampoo's, has other param groups, the blocks were cut with other
-                settings, or factors are missing; nothing is touched then.
-        """
-        loaded: dict[str, Any] = {}
-
-        def last(_: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:  # what others' hooks made of it
-            loaded.update(self._adapted(hooked))
-            self._transaction.begin()
-            return {
-                **loaded,
-                "state": {number: resuming.without_blocks(state) for number, state in loaded["state"].items()},
-            }
-
-        handles = [
-            self.register_load_state_dict_pre_hook(last),
-            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
-        ]
-        try:
-            with self._transaction.running():
-                super().load_state_dict(dict(state_dict))
-                self._transaction.end()
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._transaction.mend()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuses to be copied or pickled: threads, device streams and jobs under way can't be.
-
-        Raises:
-            TypeError: saying what to do instead.
-        """
-        raise TypeError(
-            "a Shampoo optimizer can't be copied or pickled: make a new one, and give it this one's state_dict()"
-        )
-
     @property
     def workspace_bytes(self) -> int:
         """Kept from step to step beside the state and the host's buffers; on CPUs only."""
@@ -369,32 +319,6 @@ class Shampoo(Optimizer):
         """Gives the blocks other turns, before they step: those that several optimizers of one job share."""
         self._subgroups.turns = dict(turns)
 
-    def subgroups(self, to_load: bool = False) -> list[BoundSubgroup]:
-        """All that has blocks, stepped at present or not, with its present settings and state.
-
-        Args:
-            to_load: to put a state there, after which `mend` is to be called.
-
-        Raises:
-            BrokenStepError: if a step failed half-way, and so there is nothing to save.
-        """
-        if not to_load:
-            self._transaction.check()
-        return self._all_bound()
-
-    def mend(self) -> None:
-        """For whoever has loaded all of the state, by other ways than `load_state_dict` too."""
-        self._transaction.mend()
-
-    def made(self) -> list[dict[str, Any]]:
-        """By param group, everything but its parameters as it was when the group was made."""
-        return self._records.made(self.param_groups)
-
-    def scheduled(self) -> list[dict[str, Any]]:
-        """By param group, what a checkpoint brings back: its learning rate, and what was changed since it was made."""
-        made = self.made()
-        return [resuming.scheduled(group, own) for group, own in zip(self.param_groups, made, strict=True)]
-
     def sliced_parameters(self) -> set[str]:
         """The names of those of which tensor-parallel ranks hold a slice each."""
         return {p.name for group in self._subgroups.logical for p in group if p.sections is not None}
@@ -402,104 +326,3 @@ class Shampoo(Optimizer):
     @property
     def _groups(self) -> dict[int, ShardedGroup]:
         return dict(enumerate(self._subgroups.groups))
-
-    def _all_bound(self) -> list[BoundSubgroup]:
-        stand_ins = self._subgroups.stand_ins(self.param_groups)
-        bound = [subgroup for group, tensors in stand_ins for subgroup in self._bound(group, tensors)]
-        self._announcement.make(self.param_groups)
-        return bound
-
-    def _bound(self, group: Mapping[str, Any], stand_ins: Sequence[Tensor]) -> Iterator[BoundSubgroup]:
-        """A group's subgroups, or those of the part of it that `stand_ins` stands for; what is missing is built."""
-        settings = self._records.settings(group)
-        for subgroup in self._subgroups.of(group["group_index"], stand_ins, settings):
-            own = subgroup.of(stand_ins)
-            yield BoundSubgroup(subgroup, settings, own, self._states_of(subgroup, own, settings))
-
-    def _prepared(self, goes_on: bool) -> list[BoundSubgroup]:
-        """What this call of `step` steps, after all waiting.
-
-        Where a framework calls once for each param group, the first call waits for all of them: one that failed in
-        the middle would leave some of them a step ahead.
-
-        Args:
-            goes_on: whether other param groups have taken this step already.
-        """
-        try:
-            if self.layout.keeps_blocks_apart and not goes_on:
-                for each in self._subgroups.all:
-                    settings = self._records.last(each.index)
-                    if settings is not None:
-                        each.sharded.wait_for_roots(settings)
-            self._parameters.look_again(self._subgroups.logical)
-            taking_part = [group for group in self.param_groups if self._subgroups.takes_part(group)]
-            bound = [subgroup for group in taking_part for subgroup in self._bound(group, group["params"])]
-            self._announcement.make(self.param_groups)
-            for subgroup in bound:
-                subgroup.sharded.prepare(subgroup.stand_ins, subgroup.states, subgroup.settings)
-        except BaseException as error:
-            if goes_on:
-                self._transaction.fail(error)
-            raise
-        return bound
-
-    def _states_of(
-        self, subgroup: Subgroup, stand_ins: Sequence[Tensor], settings: GroupSettings
-    ) -> list[dict[str, Any]]:
-        """The elementwise state of a subgroup's tensors, made where it is missing; without it blocks begin anew."""
-        if not self.layout.keeps_blocks_apart:
-            states = [self._state_of(param) for param in stand_ins]
-            for name, param, state in zip(subgroup.names, stand_ins, states, strict=True):
-                self._shown.follow(subgroup.sharded, name, param, state, settings=settings)
-            return states
-        lost = subgroup.sharded.last_step > 0 and any(
-            not self.state.get(p) and not self.layout.absent(p) for p in stand_ins
-        )
-        if lost:
-            logger.warning("the state of a param group is gone: its blocks begin anew, without statistics and roots")
-            subgroup.sharded.restart(subgroup.sharded.table.blocked.keys())
-        return [self._state_of(param) for param in stand_ins]
-
-    def _completed(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state with what torch does not know of, before others' hooks see it."""
-        if self.layout.keeps_blocks_apart:
-            made = self.made()
-            groups = [
-                {**saved, resuming.CHANGED: sorted(resuming.changed(group, own))}
-                for saved, group, own in zip(state_dict["param_groups"], self.param_groups, made, strict=True)
-            ]
-            return {**state_dict, "param_groups": groups, "blocks": {}}
-        return self._consolidation.completed(state_dict, self.param_groups, self._all_bound())
-
-    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state as it is to be loaded, held against this optimizer.
-
-        Raises:
-            SettingsError: if it does not fit.
-        """
-        if not self.layout.keeps_blocks_apart:
-            with self.layout.together():
-                adapted = resuming.adapted(state_dict, self.param_groups, self._subgroups.logical)
-            self.layout.check_alike(resuming.told(adapted))
-            return adapted
-        resuming.check_groups(state_dict, self.param_groups)
-        self.took_up_shampoo = "blocks" in state_dict
-        groups = resuming.with_present_settings(state_dict, self.param_groups, self.made())
-        return {**state_dict, "param_groups": groups}
-
-    def _restore(self, loaded: Mapping[str, Any]) -> None:
-        """What torch's loading leaves to do, before others' hooks see the result."""
-        resuming.restore_exactly(self.state, loaded, self.param_groups)
-        self._records.forget()
-        if not self.layout.keeps_blocks_apart:
-            self._rounds.forget()
-            self._shown.clear()
-            self._subgroups.forget(resuming.parameters_with_blocks(loaded, self._subgroups.logical))
-        for subgroup in self._all_bound():
-            subgroup.sharded.last_step = max((int(s["step"]) for s in subgroup.states if "step" in s), default=0)
-
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[param]
-        if not state and not self.layout.absent(param):
-            state.update(new_state(param))
-        return state

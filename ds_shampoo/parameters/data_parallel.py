@@ -84,6 +84,8 @@ class DataParallelLayout(WholeLayout):
     Names are those of the model without the wrapper.
     """
 
+    alone = False
+
     def __init__(
         self, model: nn.Module, wrapped: Mapping[str, DistributedDataParallel], group: dist.ProcessGroup
     ) -> None:

@@ -26,9 +26,11 @@ class Layout(ABC):
 
     Attributes:
         keeps_blocks_apart: the framework's checkpoints have the blocks in files of their own, outside `state_dict`.
+        alone: nobody lays the parameters out, so that several ranks' optimizers would share no work.
         steps_empty: a group that lies on other ranks only is stepped all the same, since this one may own its blocks.
     """
 
+    alone: bool = False
     keeps_blocks_apart: bool = False
     steps_empty: bool = False
 
@@ -50,6 +52,10 @@ class Layout(ABC):
     def device(self, parameter: Tensor) -> torch.device:
         """Where blocks are kept and preconditioned: that of the model's compute, wherever shards lie."""
         return parameter.device
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """A parameter's full shape on this rank, also where the framework has taken its elements away."""
+        return tuple(parameter.shape)
 
     def name(self, name: str, parameter: Tensor) -> str:
         """A parameter's name among those of all ranks, from its name in this rank's model."""
@@ -94,6 +100,8 @@ class Layout(ABC):
 
 class WholeLayout(Layout):
     """One process, every parameter whole: Shampoo as an ordinary torch optimizer."""
+
+    alone = True
 
     def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         if [id(parameter.tensor) for parameter in members] != [id(tensor) for tensor in stand_ins]:

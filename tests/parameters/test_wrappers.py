@@ -104,7 +104,7 @@ def on_several_ranks(kind: str) -> list[str]:
             found = DistributedDataParallel(found)
         if kind == "more":
             params.append(nn.Parameter(torch.ones(3, 5)))
-        Shampoo(params, model=None if kind == "unknown" else found)
+        Shampoo(params, model=None if kind == "unknown" else found).prepare()
         return said
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Section
-from ds_shampoo.frameworks.megatron.names import Place
+from ds_shampoo.frameworks.megatron.internals import Run
+from ds_shampoo.frameworks.megatron.names import ModelParameter
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.layout import Layout
@@ -20,32 +19,6 @@ from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, uni
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
 
 _Said = TypeVar("_Said")
-
-
-class Run(NamedTuple):
-    """What a tensor in Megatron's param groups stands for: a parameter's elements from `start` on."""
-
-    parameter: Tensor
-    start: int
-
-
-def runs_of(wrapper: MegatronOptimizer) -> dict[int, Run]:
-    """What every tensor in the param groups of one of Megatron's optimizers stands for, by `id(tensor)`."""
-    if isinstance(wrapper, DistributedOptimizer):
-        pairs = (
-            (shard, parameter, wrapper._get_model_param_range_map(parameter)["param"].start)
-            for shards, parameters in (
-                *zip(wrapper.shard_fp32_from_float16_groups, wrapper.model_float16_groups, strict=True),
-                *zip(wrapper.shard_fp32_groups, wrapper.model_fp32_groups, strict=True),
-            )
-            for shard, parameter in zip(shards, parameters, strict=True)
-        )
-        return {id(shard): Run(parameter, start) for shard, parameter, start in pairs}
-    runs = {id(p): Run(p, 0) for group in wrapper.param_groups for p in group["params"]}
-    if isinstance(wrapper, Float16OptimizerWithFloat16Params):
-        for copies, parameters in zip(wrapper.fp32_from_float16_groups, wrapper.float16_groups, strict=True):
-            runs |= {id(copy): Run(p, 0) for copy, p in zip(copies, parameters, strict=True)}
-    return runs
 
 
 class MegatronLayout(Layout):
@@ -63,22 +36,28 @@ class MegatronLayout(Layout):
 
     def __init__(
         self,
-        places: Mapping[int, Place],
+        parameters: Mapping[int, ModelParameter],
         runs: Callable[[], Mapping[int, Run]],
         replicas: dist.ProcessGroup,
         slices: dist.ProcessGroup,
     ) -> None:
-        """`places` are every parameter's, by id, and `runs` gives what `runs_of` does, once Megatron has laid out."""
-        self._places, self._runs = places, runs
+        """`parameters` are the model's, by id, and `runs` gives what `runs_of` does, once Megatron has laid out."""
+        self._parameters, self._runs = parameters, runs
         self.replicas, self.slices = replicas, slices
 
     def name(self, name: str, parameter: Tensor) -> str:
-        return self._places[id(parameter)].name
+        return self._parameters[id(parameter)].name
 
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
-        place = self._places[id(parameter)]
-        rank, world_size = dist.get_rank(self.slices), dist.get_world_size(self.slices)
-        return sections(place.chunk, place.local_name, parameter, rank, world_size)
+        known = self._parameters[id(parameter)]
+        return sections(
+            known.chunk,
+            known.local_name,
+            parameter,
+            shape=self.shape(parameter),
+            rank=dist.get_rank(self.slices),
+            world_size=dist.get_world_size(self.slices),
+        )
 
     def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
         return concatenated_over_ranks(own)

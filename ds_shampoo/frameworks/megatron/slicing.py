@@ -15,14 +15,17 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
-from ds_shampoo.algorithm.selection import full_shape
+from ds_shampoo.frameworks.megatron import internals
 
 
-def sections(model: nn.Module, name: str, parameter: Tensor, rank: int, world_size: int) -> list[Section] | None:
+def sections(
+    model: nn.Module, name: str, parameter: Tensor, *, shape: tuple[int, ...], rank: int, world_size: int
+) -> list[Section] | None:
     """The sections of the whole matrix, those of all tensor-parallel ranks.
 
     Args:
         model: the model that has the parameter under this name.
+        shape: the parameter's on this rank.
         rank, world_size: of this rank among the tensor-parallel ones.
 
     Returns:
@@ -31,7 +34,7 @@ def sections(model: nn.Module, name: str, parameter: Tensor, rank: int, world_si
     Raises:
         ValueError: if a fused matrix does not fit the attention settings of its layer.
     """
-    shape, module = full_shape(parameter), _module_of(model, name)
+    module = _module_of(model, name)
     dim = _sliced_dim(module, parameter) if len(shape) == 2 else None
     if dim is None:
         return None
@@ -63,8 +66,9 @@ class _Run(NamedTuple):
 
 def _sliced_dim(module: nn.Module | None, parameter: Tensor) -> int | None:
     """The dimension that is sliced; by the layer's kind where Megatron, told not to initialise, left no mark."""
-    if getattr(parameter, "tensor_model_parallel", False):
-        return int(parameter.partition_dim)  # type: ignore[attr-defined]
+    marked = internals.sliced_dim(parameter)
+    if marked is not None:
+        return marked
     if isinstance(module, RowParallelLinear):
         return 1
     return 0 if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) else None
@@ -75,7 +79,7 @@ def _parts(module: nn.Module | None, name: str, parameter: Tensor) -> int:
     config: Any = getattr(module, "config", None)
     if _layer(name) == "linear_fc1" and config is not None and config.gated_linear_unit:
         return 2
-    return int(getattr(parameter, "partition_stride", 1))
+    return internals.fused_matrices(parameter)
 
 
 def _groups(module: nn.Module | None, name: str, size: int) -> list[int] | None:
