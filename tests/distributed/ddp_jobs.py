@@ -52,10 +52,15 @@ def train(
     return losses
 
 
-def made(settings: dict[str, Any], groups: Callable[[nn.Module], Any] | None = None, **ddp: Any) -> tuple[Any, Shampoo]:
+def made(
+    settings: dict[str, Any],
+    groups: Callable[[nn.Module], Any] | None = None,
+    precision: torch.dtype = torch.float32,
+    **ddp: Any,
+) -> tuple[Any, Shampoo]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = DistributedDataParallel(build_model(), **ddp)
+        wrapped = DistributedDataParallel(build_model().to(precision), **ddp)
     return wrapped, Shampoo(groups(wrapped.module) if groups else wrapped.parameters(), model=wrapped, **settings)
 
 

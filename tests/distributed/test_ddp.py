@@ -15,7 +15,7 @@ from ds_shampoo import Shampoo
 from tests.distributed import ddp_jobs, jobs
 from tests.distributed.jobs import SHAMPOO, Trace, alone
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_parity import FP32, STEPS, check
+from tests.distributed.test_parity import BF16, FP32, STEPS, check
 
 Pools = Callable[[int], WorkerPool]
 
@@ -36,6 +36,12 @@ def test_parity(pools: Pools, reference: Trace, world_size: int) -> None:
     assert all((trace.metrics["exchange_bytes"] > 0) == (world_size > 1) for trace in traces)
     assert all(trace.metrics["root_updates"] > 0 for trace in traces)
     assert all(not block.startswith("module.") for block in everyones)
+
+
+def test_bf16(pools: Pools) -> None:
+    """Without master weights: one rank's run is the reference."""
+    expected = pools(1).run(ddp_jobs.job, STEPS, SHAMPOO, precision=torch.bfloat16)[0]
+    check(pools(2).run(ddp_jobs.job, STEPS, SHAMPOO, precision=torch.bfloat16), expected, BF16)
 
 
 @pytest.mark.parametrize(
