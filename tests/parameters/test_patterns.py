@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from ds_shampoo import Shampoo
+from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.config import SettingsError
+from ds_shampoo.sharding.partition import WholeLayout
 
 
 def model() -> nn.Module:
@@ -74,6 +76,20 @@ def test_a_group_that_is_added_is_held_against_them_too() -> None:
     optimizer = Shampoo([("a.qkv.weight", nn.Parameter(torch.zeros(18, 6)))], fused_parts={"*.qkv.weight": 3})
     with pytest.raises(SettingsError, match=r"says 3 of 'b\.qkv\.weight' of shape \(20, 6\): its rows, 20, do not"):
         optimizer.add_param_group({"params": [("b.qkv.weight", nn.Parameter(torch.zeros(20, 6)))]})
+
+
+class Sliced(WholeLayout):
+    """Says as Megatron's does where a matrix is to be cut."""
+
+    def sections(self, name: str, parameter: torch.Tensor) -> list[Section]:  # type: ignore[override]
+        return [Section((at, 0), (9, 6), (at, 0)) for at in (0, 9)]
+
+
+def test_a_layout_s_own_borders_stand() -> None:
+    named = [("a.qkv.weight", nn.Parameter(torch.zeros(18, 6)))]
+    assert "2 of 9 x 6" in Shampoo(named, layout=Sliced()).describe()
+    with pytest.raises(SettingsError, match=r"has a pattern for 'a\.qkv\.weight', which is cut as Megatron"):
+        Shampoo(named, layout=Sliced(), fused_parts={"*.qkv.weight": 3})
 
 
 def test_every_name_of_a_tied_parameter_counts() -> None:
