@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ds_shampoo.state.index import checksum
 from tests.distributed import fused_jobs
 from tests.distributed.jobs import SHAMPOO, engine_config
 from tests.distributed.pool import WorkerPool
+from tests.distributed.test_checkpoints import checksum
 from tests.distributed.test_parity import FP32
 
 Pools = Callable[[int], WorkerPool]
