@@ -99,7 +99,7 @@ def sizes(model: torch.nn.Module, block_size: int) -> tuple[int, int]:
     from ds_shampoo import Shampoo
 
     optimizer = Shampoo(model.parameters(), model=model, block_size=block_size)
-    blocks = (block for unit in optimizer.units() for block in unit.sharded.table.blocks)
+    blocks = (block for unit in optimizer.subgroups() for block in unit.sharded.table.blocks)
     return sum(p.numel() for p in model.parameters()), sum(math.prod(block.shape) for block in blocks)
 
 
@@ -124,7 +124,7 @@ def bytes_of_a_rank(settings: dict[str, Any], stage: int) -> RankResult:
         engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
         peaks.clear()
         engine.step()
-    units = optimizer.units()
+    units = optimizer.subgroups()
     stacks = [stack for unit in units for stack in unit.sharded.stacks]
     return RankResult(
         moments=storage_bytes(state[key] for unit in units for state in unit.states for key in _MOMENTS),

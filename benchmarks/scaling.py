@@ -121,7 +121,7 @@ def steps_of_a_rank(settings: dict[str, Any]) -> RankResult:
         clock.append(0.0)
         engine.step()
         found.append(optimizer.metrics(sync=True))
-    tables = [unit.sharded.table for unit in optimizer.units()]
+    tables = [unit.sharded.table for unit in optimizer.subgroups()]
     rank = tables[0].partition.rank
     blocks = [(block, owner) for table in tables for block, owner in zip(table.blocks, table.owners, strict=True)]
     return RankResult(

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from ds_shampoo.algorithm.precision import MatmulPrecision
+from ds_shampoo.algorithm.preconditioners import PRECONDITIONERS
 
 
 def parse_cores(cores: object) -> object:
@@ -36,6 +37,12 @@ def _core_run(text: str) -> list[object]:
     if not first.isdecimal() or (dash and not last.isdecimal()):
         return [None]
     return [*range(int(first), int(last if dash else first) + 1)] or [None]
+
+
+def _known_preconditioner(name: str) -> str:
+    if name not in PRECONDITIONERS:
+        raise ValueError(f"must be one of {', '.join(map(repr, PRECONDITIONERS))}")
+    return name
 
 
 # Bounds keep every number of a step inside fp32's range, whatever else is set; who needs more has a mistake elsewhere.
@@ -124,7 +131,7 @@ class GroupSettings(BaseModel):
     momentum: Literal["before", "after"] = "before"
     nesterov: bool = True
     grafting: Grafting = "adam"
-    preconditioner: Literal["shampoo", "spectral"] = "shampoo"
+    preconditioner: Annotated[str, AfterValidator(_known_preconditioner)] = "shampoo"
     # The root mean square of a block's direction in place of the grafting step's norm.
     direction_rms: Annotated[float, Field(ge=1e-10, le=1e6)] | None = None
     block_size: PositiveInt = 1024

@@ -33,8 +33,8 @@ from ds_shampoo.state.shown import ShownBlocks, with_blocks
 from ds_shampoo.step.elementwise import new_state
 from ds_shampoo.step.rounds import Rounds
 from ds_shampoo.step.sharded_group import ShardedGroup
+from ds_shampoo.step.subgroups import BoundSubgroup, Subgroup, Subgroups
 from ds_shampoo.step.transaction import Transaction
-from ds_shampoo.step.units import Piece, Unit, Units
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -107,7 +107,7 @@ class Shampoo(Optimizer):
         momentum: Literal["before", "after"] = "before",
         nesterov: bool = True,
         grafting: Grafting = "adam",
-        preconditioner: Literal["shampoo", "spectral"] = "shampoo",
+        preconditioner: str = "shampoo",
         direction_rms: float | None = None,
         block_size: int = 1024,
         max_preconditioner_dim: int | None = None,
@@ -142,25 +142,25 @@ class Shampoo(Optimizer):
         self._config = config
         self.layout = layout if layout is not None else WholeLayout()
         self._parameters = Parameters(model, self.layout, config)
-        self._units = Units(config, self.layout, self._parameters.order)
-        self._records = GroupRecords(config, self._units)
-        self._announcement = Announcement(self._units, by_name_only=not self._parameters.have_names)
+        self._subgroups = Subgroups(config, self.layout, self._parameters.model_order)
+        self._records = GroupRecords(config, self._subgroups)
+        self._announcement = Announcement(self._subgroups, by_name_only=not self._parameters.have_names)
         self._transaction = Transaction()
         self._shown = ShownBlocks()
-        self._rounds = Rounds(self._units)
+        self._rounds = Rounds(self._subgroups)
         # Whether the state that was loaded last was saved by Shampoo.
         self.took_up_shampoo = False
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
         if layout is None:
             wrappers.warn_of_repeated_work(model)
-        self._parameters.check_patterns(self._units.logical)
-        members = [parameter for group in self._units.logical for parameter in group]
+        self._parameters.check_patterns(self._subgroups.logical)
+        members = [parameter for group in self._subgroups.logical for parameter in group]
         first = max(members, key=lambda parameter: parameter.tensor.requires_grad, default=None)
         device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
-        self._units.place()
+        self._subgroups.give_turns()
         if device.type != "meta":
-            self._units.workplace(device)
+            self._subgroups.workplace(device)
             if not self.layout.keeps_blocks_apart:  # torch's tools look at the state before the first step
                 self.prepare()
 
@@ -174,17 +174,17 @@ class Shampoo(Optimizer):
         check_delay(settings, self._config.root_delay)
         params = param_group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
-        before, excluded = sum(map(len, self._units.logical)), not param_group.get("preconditioned", True)
+        before, excluded = sum(map(len, self._subgroups.logical)), not param_group.get("preconditioned", True)
         logical = [self._parameters.logical(member, excluded, before + n) for n, member in enumerate(members)]
-        taken = {parameter.name for group in self._units.logical for parameter in group}
+        taken = {parameter.name for group in self._subgroups.logical for parameter in group}
         for parameter in logical:
             if parameter.name in taken:
                 raise SettingsError(f"parameter name '{parameter.name}' is used twice")
             taken.add(parameter.name)
-        own = {**param_group, **settings.model_dump(), "group_index": len(self._units.logical)}
+        own = {**param_group, **settings.model_dump(), "group_index": len(self._subgroups.logical)}
         super().add_param_group({**own, "params": [parameter.tensor for parameter in logical]})
         self._records.add(own)
-        self._units.add(logical, settings)
+        self._subgroups.add(logical, settings)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads and schedules, which it would trace anew each step
     @torch.no_grad()
@@ -207,13 +207,15 @@ class Shampoo(Optimizer):
             return
         self._transaction.check()
         goes_on = self.layout.keeps_blocks_apart and self._rounds.under_way  # elsewhere one call steps everything
-        pieces = self._prepared(goes_on)
+        subgroups = self._prepared(goes_on)
         with self._transaction.running():
-            for number, piece in enumerate(pieces):
-                self._rounds.begin(piece.sharded, first=number == 0 and not goes_on)
-                piece.sharded.step(piece.held, piece.states, piece.settings, self._transaction.begin)
-                self._shown.note(piece)
-                self._rounds.end(piece.sharded)
+            for number, subgroup in enumerate(subgroups):
+                self._rounds.begin(subgroup.sharded, first=number == 0 and not goes_on)
+                subgroup.sharded.step(
+                    subgroup.stand_ins, subgroup.states, subgroup.settings, begin=self._transaction.begin
+                )
+                self._shown.note(subgroup)
+                self._rounds.end(subgroup.sharded)
             self._transaction.end()
 
     @property
@@ -226,7 +228,7 @@ class Shampoo(Optimizer):
 
         To be called while all groups are in place; it is what `describe` and `load_state_dict` do first.
         """
-        self._all_pieces()
+        self._all_bound()
 
     def describe(self) -> str:
         """A table of what is preconditioned, by which blocks, on which ranks, with bytes; and what is not, and why."""
@@ -253,7 +255,7 @@ class Shampoo(Optimizer):
         Args:
             sync: wait for the device, so that the times are those of the last step.
         """
-        return collect(self._units.groups, self._units.workplaces, sync)
+        return collect(self._subgroups.groups, self._subgroups.workplaces, sync)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's `state` and `param_groups`, with this rank's factors and roots under each parameter's "blocks".
@@ -322,18 +324,18 @@ class Shampoo(Optimizer):
     @property
     def workspace_bytes(self) -> int:
         """Kept from step to step beside the state and the host's buffers; on CPUs only."""
-        return self._units.workspace_bytes
+        return self._subgroups.workspace_bytes
 
     @property
-    def places(self) -> dict[Block, int]:
-        """Every block's place in `stagger`'s order; decides when its roots are due."""
-        return self._units.places
+    def turns(self) -> Mapping[Block, int]:
+        """Every block's turn in the rounds of root boundaries (`roots.schedule.turns_of`)."""
+        return self._subgroups.turns
 
-    @places.setter
-    def places(self, places: dict[Block, int]) -> None:
-        self._units.places = places
+    def take_turns(self, turns: Mapping[Block, int]) -> None:
+        """Gives the blocks other turns, before they step: those that several optimizers of one job share."""
+        self._subgroups.turns = dict(turns)
 
-    def units(self, to_load: bool = False) -> list[Piece]:
+    def subgroups(self, to_load: bool = False) -> list[BoundSubgroup]:
         """All that has blocks, stepped at present or not, with its present settings and state.
 
         Args:
@@ -344,7 +346,7 @@ class Shampoo(Optimizer):
         """
         if not to_load:
             self._transaction.check()
-        return self._all_pieces()
+        return self._all_bound()
 
     def mend(self) -> None:
         """For whoever has loaded all of the state, by other ways than `load_state_dict` too."""
@@ -361,26 +363,26 @@ class Shampoo(Optimizer):
 
     def sliced_parameters(self) -> set[str]:
         """The names of those of which tensor-parallel ranks hold a slice each."""
-        return {p.name for group in self._units.logical for p in group if p.sections is not None}
+        return {p.name for group in self._subgroups.logical for p in group if p.sections is not None}
 
     @property
     def _groups(self) -> dict[int, ShardedGroup]:
-        return dict(enumerate(self._units.groups))
+        return dict(enumerate(self._subgroups.groups))
 
-    def _all_pieces(self) -> list[Piece]:
-        held = self._units.held(self.param_groups)
-        pieces = [piece for group, tensors in held for piece in self._pieces(group, tensors)]
+    def _all_bound(self) -> list[BoundSubgroup]:
+        stand_ins = self._subgroups.stand_ins(self.param_groups)
+        bound = [subgroup for group, tensors in stand_ins for subgroup in self._bound(group, tensors)]
         self._announcement.make(self.param_groups)
-        return pieces
+        return bound
 
-    def _pieces(self, group: Mapping[str, Any], held: Sequence[Tensor]) -> Iterator[Piece]:
-        """A group's units, or those of the part of it that `held` stands for; what is missing is built."""
+    def _bound(self, group: Mapping[str, Any], stand_ins: Sequence[Tensor]) -> Iterator[BoundSubgroup]:
+        """A group's subgroups, or those of the part of it that `stand_ins` stands for; what is missing is built."""
         settings = self._records.settings(group)
-        for unit in self._units.of(group["group_index"], held, settings):
-            own = unit.of(held)
-            yield Piece(unit, settings, own, self._states_of(unit, own, settings))
+        for subgroup in self._subgroups.of(group["group_index"], stand_ins, settings):
+            own = subgroup.of(stand_ins)
+            yield BoundSubgroup(subgroup, settings, own, self._states_of(subgroup, own, settings))
 
-    def _prepared(self, goes_on: bool) -> list[Piece]:
+    def _prepared(self, goes_on: bool) -> list[BoundSubgroup]:
         """What this call of `step` steps, after all waiting.
 
         Where a framework calls once for each param group, the first call waits for all of them: one that failed in
@@ -391,33 +393,37 @@ class Shampoo(Optimizer):
         """
         try:
             if self.layout.keeps_blocks_apart and not goes_on:
-                for unit in self._units.all:
-                    settings = self._records.last(unit.index)
+                for each in self._subgroups.all:
+                    settings = self._records.last(each.index)
                     if settings is not None:
-                        unit.sharded.wait_for_roots(settings)
-            taking_part = [group for group in self.param_groups if self._units.takes_part(group)]
-            pieces = [piece for group in taking_part for piece in self._pieces(group, group["params"])]
+                        each.sharded.wait_for_roots(settings)
+            taking_part = [group for group in self.param_groups if self._subgroups.takes_part(group)]
+            bound = [subgroup for group in taking_part for subgroup in self._bound(group, group["params"])]
             self._announcement.make(self.param_groups)
-            for piece in pieces:
-                piece.sharded.prepare(piece.held, piece.states, piece.settings)
+            for subgroup in bound:
+                subgroup.sharded.prepare(subgroup.stand_ins, subgroup.states, subgroup.settings)
         except BaseException as error:
             if goes_on:
                 self._transaction.fail(error)
             raise
-        return pieces
+        return bound
 
-    def _states_of(self, unit: Unit, held: Sequence[Tensor], settings: GroupSettings) -> list[dict[str, Any]]:
-        """The elementwise state of a unit's tensors, made where it is missing; without it blocks begin anew."""
+    def _states_of(
+        self, subgroup: Subgroup, stand_ins: Sequence[Tensor], settings: GroupSettings
+    ) -> list[dict[str, Any]]:
+        """The elementwise state of a subgroup's tensors, made where it is missing; without it blocks begin anew."""
         if not self.layout.keeps_blocks_apart:
-            states = [self._state_of(param) for param in held]
-            for name, param, state in zip(unit.names, held, states, strict=True):
-                self._shown.follow(unit.sharded, name, param, state, settings)
+            states = [self._state_of(param) for param in stand_ins]
+            for name, param, state in zip(subgroup.names, stand_ins, states, strict=True):
+                self._shown.follow(subgroup.sharded, name, param, state, settings=settings)
             return states
-        lost = unit.sharded.last_step > 0 and any(not self.state.get(p) and not self.layout.absent(p) for p in held)
+        lost = subgroup.sharded.last_step > 0 and any(
+            not self.state.get(p) and not self.layout.absent(p) for p in stand_ins
+        )
         if lost:
             logger.warning("the state of a param group is gone: its blocks begin anew, without statistics and roots")
-            unit.sharded.restart(unit.sharded.table.blocked.keys())
-        return [self._state_of(param) for param in held]
+            subgroup.sharded.restart(subgroup.sharded.table.blocked.keys())
+        return [self._state_of(param) for param in stand_ins]
 
     def _completed(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state with what torch does not know of, before others' hooks see it."""
@@ -428,7 +434,7 @@ class Shampoo(Optimizer):
                 for saved, group, own in zip(state_dict["param_groups"], self.param_groups, made, strict=True)
             ]
             return {**state_dict, "param_groups": groups, "blocks": {}}
-        return with_blocks(state_dict, self.param_groups, self._all_pieces())
+        return with_blocks(state_dict, self.param_groups, self._all_bound())
 
     def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state as it is to be loaded, held against this optimizer.
@@ -438,7 +444,7 @@ class Shampoo(Optimizer):
         """
         resuming.check_groups(state_dict, self.param_groups)
         if not self.layout.keeps_blocks_apart:
-            return resuming.adapted(state_dict, self.param_groups, self._units.logical)
+            return resuming.adapted(state_dict, self.param_groups, self._subgroups.logical)
         self.took_up_shampoo = "blocks" in state_dict
         groups = resuming.with_present_settings(state_dict, self.param_groups, self.made())
         return {**state_dict, "param_groups": groups}
@@ -450,9 +456,9 @@ class Shampoo(Optimizer):
         if not self.layout.keeps_blocks_apart:
             self._rounds.forget()
             self._shown.clear()
-            self._units.forget(resuming.parameters_with_blocks(loaded, self._units.logical))
-        for piece in self._all_pieces():
-            piece.sharded.last_step = max((int(s["step"]) for s in piece.states if "step" in s), default=0)
+            self._subgroups.forget(resuming.parameters_with_blocks(loaded, self._subgroups.logical))
+        for subgroup in self._all_bound():
+            subgroup.sharded.last_step = max((int(s["step"]) for s in subgroup.states if "step" in s), default=0)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]

@@ -19,7 +19,7 @@ def is_normalized(grafting: str) -> bool:
 
 
 def average(
-    kernels: TorchKernels, values: Tensors, exp_avgs: Tensors, outs: Tensors, step: int, beta1: float, nesterov: bool
+    kernels: TorchKernels, values: Tensors, exp_avgs: Tensors, outs: Tensors, *, step: int, beta1: float, nesterov: bool
 ) -> None:
     """`exp_avgs` take `values` in, and `outs` become their unbiased (Nesterov) averages.
 
@@ -29,9 +29,9 @@ def average(
         values, exp_avgs, outs: [numel] fp32 each; `outs` may be `values`.
         step: the parameters' step count, 1 at their first step.
     """
-    kernels.lerp(exp_avgs, values, 1 - beta1, 1.0, exp_avgs)
+    kernels.lerp(exp_avgs, values, exp_avgs, weight=1 - beta1)
     if nesterov:
-        kernels.lerp(values, exp_avgs, beta1, 1 / (1 - beta1 ** (step + 1)), outs)
+        kernels.lerp(values, exp_avgs, outs, weight=beta1, factor=1 / (1 - beta1 ** (step + 1)))
     else:
         kernels.scale(exp_avgs, 1 / (1 - beta1**step), outs)
 
@@ -39,6 +39,7 @@ def average(
 def grafting_step(
     kernels: TorchKernels,
     grafting: str,
+    *,
     vectors: Tensors,
     grads: Tensors,
     exp_avg_sqs: Tensors,
@@ -61,4 +62,4 @@ def grafting_step(
         return
     correction = 1 / math.sqrt(1 - beta2**step) if method == "adam" else 1.0
     decay = 1.0 if method == "adagrad" else beta2
-    kernels.divide_by_root(vectors, grads, exp_avg_sqs, outs, decay, correction, eps)
+    kernels.divide_by_root(vectors, grads, exp_avg_sqs, outs, beta2=decay, factor=correction, eps=eps)

@@ -31,7 +31,7 @@ class TorchKernels:
     def __init__(self, name: str = "torch") -> None:
         self.name = name
 
-    def lerp(self, starts: Tensors, ends: Tensors, weight: float, factor: float, outs: Tensors) -> None:
+    def lerp(self, starts: Tensors, ends: Tensors, outs: Tensors, *, weight: float, factor: float = 1.0) -> None:
         """outs <- factor (starts + weight (ends - starts)); `outs` may be either list."""
         if len(outs) == 1:
             torch.lerp(starts[0], ends[0], weight, out=outs[0])
@@ -48,7 +48,15 @@ class TorchKernels:
             torch._foreach_copy_(outs, torch._foreach_mul(inputs, factor))
 
     def divide_by_root(
-        self, vectors: Tensors, grads: Tensors, squares: Tensors, outs: Tensors, beta2: float, factor: float, eps: float
+        self,
+        vectors: Tensors,
+        grads: Tensors,
+        squares: Tensors,
+        outs: Tensors,
+        *,
+        beta2: float,
+        factor: float,
+        eps: float,
     ) -> None:
         """squares <- beta2 squares + (1 - beta2) grads², then outs <- vectors / (factor sqrt(squares) + eps).
 
@@ -94,11 +102,11 @@ class ApexKernels(TorchKernels):
         self._applier, self._amp_c = applier, amp_c
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def lerp(self, starts: Tensors, ends: Tensors, weight: float, factor: float, outs: Tensors) -> None:
+    def lerp(self, starts: Tensors, ends: Tensors, outs: Tensors, *, weight: float, factor: float = 1.0) -> None:
         if _fit(starts, ends, outs):
-            self._axpby(factor * (1 - weight), starts, factor * weight, ends, outs)
+            self._axpby(starts, ends, outs, a=factor * (1 - weight), b=factor * weight)
         else:
-            super().lerp(starts, ends, weight, factor, outs)
+            super().lerp(starts, ends, outs, weight=weight, factor=factor)
 
     def scale(self, inputs: Tensors, factor: float, outs: Tensors) -> None:
         if _fit(inputs, outs):
@@ -107,7 +115,15 @@ class ApexKernels(TorchKernels):
             super().scale(inputs, factor, outs)
 
     def divide_by_root(
-        self, vectors: Tensors, grads: Tensors, squares: Tensors, outs: Tensors, beta2: float, factor: float, eps: float
+        self,
+        vectors: Tensors,
+        grads: Tensors,
+        squares: Tensors,
+        outs: Tensors,
+        *,
+        beta2: float,
+        factor: float,
+        eps: float,
     ) -> None:
         """FusedAdam's kernel on parameters of 0, with a beta1 of 1, which leaves `vectors` as its first moments.
 
@@ -120,13 +136,13 @@ class ApexKernels(TorchKernels):
             numbers = lr, beta1, beta2, eps / factor, step, decoupled, bias_correction, decay
             self._run("adam", [grads, outs, vectors, squares], *numbers)
         else:
-            super().divide_by_root(vectors, grads, squares, outs, beta2, factor, eps)
+            super().divide_by_root(vectors, grads, squares, outs, beta2=beta2, factor=factor, eps=eps)
 
     def apply_update(self, params: Tensors, updates: Tensors, lr: float, weight_decay: float) -> None:
         if _fit(params, updates):
             if weight_decay:  # by itself: fp32 has few digits for 1 - lr weight_decay
-                self._axpby(1.0, updates, weight_decay, params, updates)
-            self._axpby(1.0, params, -lr, updates, params)
+                self._axpby(updates, params, updates, a=1.0, b=weight_decay)
+            self._axpby(params, updates, params, a=1.0, b=-lr)
         else:
             super().apply_update(params, updates, lr, weight_decay)
 
@@ -136,7 +152,7 @@ class ApexKernels(TorchKernels):
         found = iter(self._run("l2norm", [dense], True)[1] if dense else ())
         return torch.stack([next(found) if _fit([t]) else torch.linalg.vector_norm(t) for t in tensors])
 
-    def _axpby(self, a: float, xs: Tensors, b: float, ys: Tensors, outs: Tensors) -> None:
+    def _axpby(self, xs: Tensors, ys: Tensors, outs: Tensors, *, a: float, b: float) -> None:
         """outs <- a xs + b ys; the last argument has the kernel look for infinities in both."""
         self._run("axpby", [xs, ys, outs], a, b, -1)
 
@@ -190,8 +206,8 @@ def _trial(kernels: TorchKernels, device: torch.device) -> Tensor:
         list(torch.linspace(first, 2.0, 7, dtype=torch.float32, device=device).tensor_split([4]))
         for first in (-1.0, 0.5, 0.25, 0.0, 1.0)
     )
-    kernels.lerp(vectors, grads, 0.25, 1.5, vectors)
-    kernels.divide_by_root(vectors, grads, squares, outs, 0.75, 2.0, 0.5)
+    kernels.lerp(vectors, grads, vectors, weight=0.25, factor=1.5)
+    kernels.divide_by_root(vectors, grads, squares, outs, beta2=0.75, factor=2.0, eps=0.5)
     kernels.apply_update(params, outs, 0.5, 0.25)
     kernels.scale(grads, -0.75, outs)
     return torch.cat([*vectors, *squares, *params, *outs, kernels.norms(vectors)])

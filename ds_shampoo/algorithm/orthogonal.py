@@ -58,7 +58,7 @@ def _iterate(x: Tensor, spare: Tensor) -> Tensor:
     linear, cubic, quintic = QUINTIC
     for _ in range(STEPS):
         multiply(x, x.mT, gram)
-        multiply_add(gram, gram, gram, quintic, cubic, polynomial)
-        multiply_add(polynomial, x, x, 1.0, linear, spare)
+        multiply_add(gram, gram, gram, alpha=quintic, beta=cubic, out=polynomial)
+        multiply_add(polynomial, x, x, alpha=1.0, beta=linear, out=spare)
         x, spare = spare, x
     return x

@@ -31,7 +31,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
         product.copy_(onednn(a, b.mT))
 
 
-def multiply_add(left: Tensor, right: Tensor, addend: Tensor, alpha: float, beta: float, out: Tensor) -> None:
+def multiply_add(left: Tensor, right: Tensor, addend: Tensor, *, alpha: float, beta: float, out: Tensor) -> None:
     """out <- alpha left right + beta addend, of stacks as `multiply` takes them, in fp32 or bfloat16.
 
     `addend` is contiguous, of the result's shape, and may be one of the factors; `out` is none of the three.

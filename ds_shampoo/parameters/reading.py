@@ -18,7 +18,7 @@ class Parameters:
     """Reads a model, and makes logical parameters of what its user passes.
 
     Attributes:
-        order: the ids of the model's parameters in its order; empty where no model is known.
+        model_order: the ids of the model's parameters in its order; empty where no model is known.
         have_names: whether embeddings and heads can be told by more than the names that the user passes.
     """
 
@@ -27,7 +27,7 @@ class Parameters:
         self._names = selection.names(model) if model is not None else {}
         self._kinds = selection.kinds(model) if model is not None else {}
         self._aliases = selection.aliases(model) if model is not None else {}
-        self.order = tuple(self._names)
+        self.model_order = tuple(self._names)
         self.have_names = bool(self._aliases)
 
     def logical(self, member: Any, excluded: bool, position: int) -> LogicalParameter:

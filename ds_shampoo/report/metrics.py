@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from ds_shampoo.step.sharded_group import ShardedGroup
-from ds_shampoo.step.units import Workplace
+from ds_shampoo.step.subgroups import Workplace
 
 
 def collect(groups: Collection[ShardedGroup], workplaces: Sequence[Workplace], sync: bool) -> dict[str, float]:
     """Adds the groups' counts up; see `Shampoo.metrics` for the keys."""
-    slots = [(group, entry) for group in groups for entry in group.slots()]
-    ages = [age for group, (_, _, keeper, slot) in slots if (age := keeper.age(slot, group.last_step)) is not None]
+    blocks = [(group, owned) for group in groups for owned in group.owned_blocks]
+    ages = [age for group, owned in blocks if (age := owned.root_age(group.last_step)) is not None]
     return {
-        "owned_blocks": len(slots),
+        "owned_blocks": len(blocks),
         "preconditioned_blocks": len(ages),
         "root_updates": sum(group.counts.updates for group in groups),
         "root_fallbacks": sum(group.counts.fallbacks for group in groups),

@@ -71,7 +71,7 @@ class BlockRoots:
         failures: consecutive boundaries at which a factor was rejected.
         setbacks: all of them.
         rooted_at: the step whose statistics the roots in force belong to; 0 for none.
-        order: p of the roots in force; 0 for none.
+        root_order: p of the roots in force; 0 for none.
         pending: the jobs under way, if any.
         reserved: per factor, a buffer for the next snapshot.
     """
@@ -82,7 +82,7 @@ class BlockRoots:
     failures: int = 0
     setbacks: int = 0
     rooted_at: int = 0
-    order: int = 0
+    root_order: int = 0
     pending: Pending | None = field(default=None, repr=False)
 
     @classmethod
@@ -104,23 +104,23 @@ class BlockRoots:
             "failures": self.failures,
             "setbacks": self.setbacks,
             "rooted_at": self.rooted_at,
-            "order": self.order,
+            "order": self.root_order,
         }
         if self.pending is not None:
             state["pending"] = self.pending.state()
         return state
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any], order: int) -> BlockRoots:
+    def restored(cls, state: Mapping[str, Any], root_order: int) -> BlockRoots:
         """The history that `state` was made of, without its jobs under way.
 
         Args:
             state: one that `check` found nothing wrong with.
-            order: p of the job at hand; roots of another one count as none.
+            root_order: p of the job at hand; roots of another one count as none.
         """
         factors = len(state["solved"])
         saved_order = int(state.get("order", 0))
-        if saved_order not in (0, order):
+        if saved_order not in (0, root_order):
             block = cls.fresh(factors)
             block.failures, block.setbacks = int(state["failures"]), int(state["setbacks"])
             return block

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
+from ds_shampoo.algorithm.preconditioners import Preconditioner
 from ds_shampoo.algorithm.statistics import bias_correction
 from ds_shampoo.config import GroupSettings
 from ds_shampoo.roots import history
@@ -32,36 +32,36 @@ class RootKeeper:
     """
 
     def __init__(
-        self, preconditioner: ShampooPreconditioner, places: Sequence[int], service: RootService, counts: RootCounts
+        self, preconditioner: Preconditioner, turns: Sequence[int], service: RootService, counts: RootCounts
     ) -> None:
-        """`places` are the slots' in `stagger`'s order."""
-        self._stack, self._places, self._service, self._counts = preconditioner, places, service, counts
+        """`turns` are the slots', by which their boundaries are spread (`schedule.turns_of`)."""
+        self._stack, self._turns, self._service, self._counts = preconditioner, turns, service, counts
         self._blocks = [BlockRoots.fresh(len(preconditioner.factors)) for _ in preconditioner.blocks]
 
-    def prepare(self, clock: Sequence[int], settings: GroupSettings) -> None:
+    def prepare(self, step_counts: Sequence[int], settings: GroupSettings) -> None:
         """Does all that may wait or raise, and changes nothing that counts: the roots which are due at this step are
         solved, and the snapshots which it will take have their buffers.
 
         After any exception, an interrupt's too, it may be called again, for this step or another one.
 
         Args:
-            clock: every slot's step count at the step to come; 0 where it has no gradient then.
+            step_counts: every slot's step count at the step to come; 0 where it has no gradient then.
 
         Raises:
             WorkerError: naming the block, where a root could not be solved, neither by its thread nor here.
         """
         schedule = RootSchedule.of(settings)
-        for slot, step in enumerate(clock):
+        for slot, step in enumerate(step_counts):
             if step == 0:
                 continue
             pending = self._blocks[slot].pending
             due = pending if pending is not None and pending.due(step) else None
             for task in due.tasks if due is not None else ():
                 self._service.settle(task)
-            if schedule.is_boundary(step, self._places[slot]):
+            if schedule.is_boundary(step, self._turns[slot]):
                 self._reserve(slot, due)
 
-    def advance(self, clock: Sequence[int], settings: GroupSettings) -> None:
+    def advance(self, step_counts: Sequence[int], settings: GroupSettings) -> None:
         """Does what falls on this step, after the statistics took it in; waits for nothing that `prepare` settled.
 
         A rejected root leaves the old one in force; `max_root_failures` boundaries with a rejection in a row
@@ -69,20 +69,20 @@ class RootKeeper:
         step of its boundary and can't be solved is left to the next step's `prepare`.
 
         Args:
-            clock: every slot's step count; 0 where it has no gradient at this step.
+            step_counts: every slot's step count; 0 where it has no gradient at this step.
 
         Raises:
             WorkerError: as `prepare` does, where that was not called for this step; nothing is changed then.
         """
-        self.prepare(clock, settings)
+        self.prepare(step_counts, settings)
         schedule, usual = RootSchedule.of(settings), self._service.delay(settings)
-        for slot, step in enumerate(clock):
+        for slot, step in enumerate(step_counts):
             if step == 0:
                 continue
             self._install_due(slot, step, settings)
-            place = self._places[slot]
-            if schedule.is_boundary(step, place) and self._stack.updates[slot]:
-                self._begin(slot, step, schedule.delay(step, place, usual), settings)
+            turn = self._turns[slot]
+            if schedule.is_boundary(step, turn) and self._stack.updates[slot]:
+                self._begin(slot, step, schedule.delay(step, turn, usual), settings)
                 if self._settled_at_once(slot, step):
                     self._install_due(slot, step, settings)
 
@@ -131,17 +131,17 @@ class RootKeeper:
             ValueError: as `check_block_state` does; nothing is changed then.
         """
         self.check_block_state(slot, state)
-        block = BlockRoots.restored(state, self._order(settings))
+        block = BlockRoots.restored(state, self._root_order(settings))
         saved = state.get("pending")
         snapshots = [self._service.transfers.from_saved(values) for values in saved["snapshots"]] if saved else []
         self._replace(slot, block)
-        self._stack.ready[slot] &= int(state.get("order", 0)) in (0, self._order(settings))
+        self._stack.ready[slot] &= int(state.get("order", 0)) in (0, self._root_order(settings))
         if saved:
             corrections, updates = [float(c) for c in saved["corrections"]], int(saved.get("updates", 0))
-            jobs = self._jobs(block, snapshots, corrections, updates, settings)
+            jobs = self._jobs(block, snapshots, corrections, updates=updates, settings=settings)
             block.pending = self._submit(slot, int(saved["begun_at"]), int(saved["due_at"]), jobs)
 
-    def _order(self, settings: GroupSettings) -> int:
+    def _root_order(self, settings: GroupSettings) -> int:
         return settings.inverse_exponent_override or self._stack.root_order
 
     def _reserve(self, slot: int, due: Pending | None) -> None:
@@ -161,7 +161,9 @@ class RootKeeper:
             self._service.transfers.snapshot(factor[slot], buffer)
             for factor, buffer in zip(stack.factors, reserved, strict=True)
         ]
-        jobs = self._jobs(block, snapshots, [correction] * len(snapshots), stack.updates[slot], settings)
+        jobs = self._jobs(
+            block, snapshots, [correction] * len(snapshots), updates=stack.updates[slot], settings=settings
+        )
         block.pending = self._submit(slot, step, step + delay, jobs)
 
     def _jobs(
@@ -169,6 +171,7 @@ class RootKeeper:
         block: BlockRoots,
         snapshots: Sequence[HostCopy],
         corrections: Sequence[float],
+        *,
         updates: int,
         settings: GroupSettings,
     ) -> list[RootJob]:
@@ -179,12 +182,12 @@ class RootKeeper:
                 correction=correction,
                 updates=updates,
                 beta=settings.statistics_beta,
-                p=self._order(settings),
+                p=self._root_order(settings),
                 epsilon=settings.matrix_epsilon,
                 method=settings.root_method,
                 root_dtype=root.dtype,
                 threshold=settings.root_refresh_threshold,
-                former=basis if solved and block.order == self._order(settings) else None,
+                former=basis if solved and block.root_order == self._root_order(settings) else None,
             )
             for root, snapshot, correction, basis, solved in zip(
                 self._stack.roots, snapshots, corrections, block.bases, block.solved, strict=True
@@ -233,7 +236,7 @@ class RootKeeper:
         answers = [
             self._service.collect(task, job.snapshot) for task, job in zip(pending.tasks, pending.jobs, strict=True)
         ]
-        block.order = pending.jobs[0].p
+        block.root_order = pending.jobs[0].p
         for factor, answer in enumerate(answers):
             self._install(slot, factor, answer)
         self._judge(slot, pending.begun_at, [a.method for a in answers if a.verdict in _NO_ROOT], settings)

@@ -32,29 +32,29 @@ class RootSchedule:
         """Whether directions are preconditioned at this step, where roots are in force."""
         return step >= self.start_preconditioning_step
 
-    def is_boundary(self, step: int, place: int) -> bool:
-        """Whether new roots are begun at this step for the block at this place of `stagger`'s order."""
-        passed, own = step - self.start_preconditioning_step, place % self.root_interval
+    def is_boundary(self, step: int, turn: int) -> bool:
+        """Whether new roots are begun at this step for the block at this turn."""
+        passed, own = step - self.start_preconditioning_step, turn % self.root_interval
         return passed == own % FIRST_WITHIN or (passed >= own and (passed - own) % self.root_interval == 0)
 
-    def delay(self, step: int, place: int, usual: int) -> int:
+    def delay(self, step: int, turn: int, usual: int) -> int:
         """Steps until the roots begun at this boundary are in force: `usual`, or fewer, to be there before the next."""
-        passed, own = step - self.start_preconditioning_step, place % self.root_interval
+        passed, own = step - self.start_preconditioning_step, turn % self.root_interval
         return min(usual, own - passed) if passed < own else usual
 
 
-def stagger(blocks: Sequence[Block], first: int = 0) -> list[int]:
+def turns_of(blocks: Sequence[Block], first: int = 0) -> list[int]:
     """Every block's place in a round of boundaries: blocks of equal work follow each other, one step apart.
 
     Each step of an interval then begins roots for an equal share of every size of block. Neighbours in the model
-    are neighbours here, so the share is equal on every rank that owns a consecutive part of it too. The places
+    are neighbours here, so the share is equal on every rank that owns a consecutive part of it too. The turns
     depend on the blocks alone, never on ranks.
 
     Args:
-        first: the place to begin with; the number of blocks in the param groups before this one.
+        first: the turn to begin with; the number of blocks in the param groups before this one.
     """
     order = sorted(range(len(blocks)), key=lambda i: (-sum(dim**3 for dim in blocks[i].factor_dims), i))
-    places = [0] * len(blocks)
-    for place, ordinal in enumerate(order, start=first):
-        places[ordinal] = place
-    return places
+    turns = [0] * len(blocks)
+    for turn, ordinal in enumerate(order, start=first):
+        turns[ordinal] = turn
+    return turns

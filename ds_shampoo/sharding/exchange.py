@@ -16,7 +16,7 @@ from ds_shampoo.sharding.partition import Partition
 
 
 @dataclass(frozen=True, slots=True)
-class StackPlace:
+class StackSlot:
     """Where an owned block lies: which stack of equal-shaped blocks, and which slot of it."""
 
     stack: int
@@ -77,7 +77,7 @@ class _Flight:
 
 @dataclass(frozen=True)
 class Gathering:
-    """Pieces on their way to the blocks' owners; `ExchangePlan.finish` puts them in place."""
+    """Pieces on their way to the blocks' owners; `ExchangePlan.finish` puts them in stack_slot."""
 
     buffers: Sequence[Tensor | None]
     flight: _Flight | None
@@ -96,7 +96,8 @@ class ExchangePlan:
         blocks: Sequence[Block],
         pieces: Sequence[Piece],
         owners: Sequence[int],
-        places: Mapping[int, StackPlace],
+        *,
+        stack_slots: Mapping[int, StackSlot],
         partition: Partition,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
@@ -105,7 +106,7 @@ class ExchangePlan:
         chosen = choose_sources(blocks, pieces, owners)
         self.sources = tuple(piece for piece in chosen if piece.rank == partition.rank)
         self.moves = any(piece.rank != owners[piece.block] for piece in pieces)
-        ends = {piece: self._transfer(piece, blocks[piece.block], places.get(piece.block)) for piece in pieces}
+        ends = {piece: self._transfer(piece, blocks[piece.block], stack_slots.get(piece.block)) for piece in pieces}
         self._gather = self._route([(piece.rank, owners[piece.block], ends[piece]) for piece in chosen])
         self._scatter = self._route([(owners[piece.block], piece.rank, ends[piece]) for piece in pieces])
 
@@ -193,14 +194,14 @@ class ExchangePlan:
             for stack in stacks:
                 stack.copy_(stack.to(self._dtype))
 
-    def _transfer(self, piece: Piece, block: Block, place: StackPlace | None) -> _Transfer:
+    def _transfer(self, piece: Piece, block: Block, stack_slot: StackSlot | None) -> _Transfer:
         in_buffer, in_stack = None, None
         if piece.rank == self._partition.rank:
             in_buffer = buffer_view(piece)
-        if place is not None:
+        if stack_slot is not None:
             strides = row_major(block.shape)
             first = sum(at * stride for at, stride in zip(piece.box.starts, strides, strict=True))
-            in_stack = _View(place.stack, place.slot * block.numel + first, piece.box.sizes, strides)
+            in_stack = _View(stack_slot.stack, stack_slot.slot * block.numel + first, piece.box.sizes, strides)
         return _Transfer(piece.block, piece.box.numel, piece.box.sizes, in_buffer, in_stack)
 
     def _route(self, moves: Iterable[tuple[int, int, _Transfer]]) -> _Route:

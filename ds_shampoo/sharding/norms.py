@@ -46,6 +46,7 @@ class SegmentScaler:
         blocks: Sequence[Block],
         pieces: Sequence[Piece],
         owners: Sequence[int],
+        *,
         whole: Sequence[Fragment],
         partition: Partition,
         device: torch.device,

@@ -24,10 +24,10 @@ def assign(costs: Sequence[float], homes: Sequence[int | None], loads: Sequence[
     """
     order = sorted(range(len(costs)), key=lambda block: (-costs[block], block))
     bound = load_bound(costs, loads)
-    local, local_load = _greedy(order, costs, loads, homes, bound)
+    local, local_load = _greedy(order, costs, loads, homes=homes, bound=bound)
     if local_load <= bound:
         return local
-    balanced, balanced_load = _greedy(order, costs, loads, homes, 0.0)
+    balanced, balanced_load = _greedy(order, costs, loads, homes=homes, bound=0.0)
     return balanced if balanced_load < local_load else local
 
 
@@ -56,6 +56,7 @@ def _greedy(
     order: Sequence[int],
     costs: Sequence[float],
     loads: Sequence[float],
+    *,
     homes: Sequence[int | None],
     bound: float,
 ) -> tuple[list[int], float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.order import Rounds
+from ds_shampoo.sharding.model_order import Rounds
 
 _Said = TypeVar("_Said")
 
@@ -65,7 +65,7 @@ class Layout(Protocol):
     """Turns what a host framework did to the parameters into fragments; one implementation per way of doing it.
 
     A framework steps a param group whole, or in parts that it calls `step` for one after the other (ZeRO-3's
-    sub-groups); `held` is what stands in the group at such a step.
+    sub-groups); `stand_ins` is what stands in the group at such a step.
 
     Attributes:
         keeps_blocks_apart: the framework's checkpoints have the blocks in files of their own, outside `state_dict`.
@@ -103,10 +103,10 @@ class Layout(Protocol):
     def absent(self, tensor: Tensor) -> bool:
         """Whether a tensor that is stepped has been moved out of memory until its step."""
 
-    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
-        """Those of a param group's original parameters that `held` stands for."""
+    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+        """Those of a param group's original parameters that `stand_ins` stands for."""
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         """Maps original parameters to the tensors that stand for them.
 
         Raises:
@@ -144,11 +144,11 @@ class WholeLayout:
     def absent(self, tensor: Tensor) -> bool:
         return False
 
-    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         return originals
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        if [id(parameter.tensor) for parameter in members] != [id(tensor) for tensor in held]:
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
+        if [id(parameter.tensor) for parameter in members] != [id(tensor) for tensor in stand_ins]:
             raise RuntimeError(
                 "the parameters of a param group were replaced after Shampoo was constructed; under DeepSpeed "
                 "select Shampoo in the JSON's optimizer section, or call ds_shampoo.initialize"

@@ -7,14 +7,14 @@ from typing import Any
 
 from ds_shampoo.config import GroupSettings, ShampooConfig, check_delay, checked_settings, present_settings
 from ds_shampoo.state import resuming
-from ds_shampoo.step.units import Units
+from ds_shampoo.step.subgroups import Subgroups
 
 
 class GroupRecords:
     """Follows the param groups, which anyone may change between steps; keyed by their "group_index"."""
 
-    def __init__(self, config: ShampooConfig, units: Units) -> None:
-        self._config, self._units = config, units
+    def __init__(self, config: ShampooConfig, subgroups: Subgroups) -> None:
+        self._config, self._subgroups = config, subgroups
         self._made: list[dict[str, Any]] = []
         self._good: dict[int, tuple[dict[str, Any], GroupSettings]] = {}
 
@@ -37,9 +37,9 @@ class GroupRecords:
         if found is None or found[0] != present:
             settings = checked_settings(present)
             check_delay(settings, self._config.root_delay)
-            for unit in self._units.all:
-                if unit.index == index:
-                    resuming.check_structure(unit.sharded.settings, settings)
+            for subgroup in self._subgroups.all:
+                if subgroup.index == index:
+                    resuming.check_structure(subgroup.sharded.settings, settings)
             self._good[index] = found = present, settings
         resuming.check_preconditioned(group, self._made[index])
         return found[1]

@@ -168,6 +168,7 @@ def write_index(
     header: Mapping[str, Any],
     files: Iterable[BlockFile],
     foreign: Iterable[ForeignFile] = (),
+    *,
     universal: Origin | None = None,
     name: str = INDEX,
 ) -> None:

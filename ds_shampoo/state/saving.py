@@ -8,13 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ds_shampoo.algorithm.blocks import Block
-from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
-from ds_shampoo.config import GroupSettings, SettingsError
-from ds_shampoo.roots.keeper import RootKeeper
+from ds_shampoo.config import SettingsError
 from ds_shampoo.state.block import misfit
 from ds_shampoo.state.files import BlockReader, CheckpointError
 from ds_shampoo.step.sharded_group import ShardedGroup
-from ds_shampoo.step.units import Piece
+from ds_shampoo.step.subgroups import BoundSubgroup
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -28,65 +26,60 @@ def blocks_state(groups: Iterable[ShardedGroup]) -> dict[str, Any]:
     Factors and roots are those in use, and not copies: a second set of them may not fit on the device.
     """
     return {
-        str(block): {
-            "origin": list(block.origin),
-            "shape": list(block.shape),
-            **stack.block_state(slot),
-            **keeper.block_state(slot),
-        }
+        str(owned.block): {"origin": list(owned.block.origin), "shape": list(owned.block.shape), **owned.state()}
         for group in groups
-        for block, stack, keeper, slot in group.slots()
+        for owned in group.owned_blocks
     }
 
 
-def load_blocks(saved: Mapping[str, Any], units: Sequence[Piece]) -> None:
+def load_blocks(saved: Mapping[str, Any], subgroups: Sequence[BoundSubgroup]) -> None:
     """Takes back what `blocks_state` gave.
 
     Raises:
         SettingsError: if a block of this rank is missing; nothing is touched then.
     """
-    blocks = [str(block) for unit in units for block, *_ in unit.sharded.slots()]
+    blocks = [str(owned.block) for subgroup in subgroups for owned in subgroup.sharded.owned_blocks]
     missing = [block for block in blocks if block not in saved]
     if missing:
         raise SettingsError(
             f"the checkpoint lacks the factors of {len(missing)} of this rank's {len(blocks)} blocks, "
             f"{missing[0]} first: it was saved by another world size or another model"
         )
-    for unit in units:
-        for block, stack, keeper, slot in unit.sharded.slots():
-            _load(block, stack, keeper, slot, saved[str(block)], unit.settings)
+    for subgroup in subgroups:
+        for owned in subgroup.sharded.owned_blocks:
+            owned.load(saved[str(owned.block)], subgroup.settings)
 
 
-def header(units: Sequence[Piece]) -> dict[str, Any]:
+def header(subgroups: Sequence[BoundSubgroup]) -> dict[str, Any]:
     """What an index says of all blocks together: how they were cut, and each parameter's step count."""
     return {
-        "settings": [unit.settings.model_dump(mode="json") for unit in units],
-        "cut": _cuts(units),
+        "settings": [subgroup.settings.model_dump(mode="json") for subgroup in subgroups],
+        "cut": _cuts(subgroups),
         "steps": {
             name: int(state["step"])
-            for unit in units
-            for name, state in unit.sharded.states_by_name(unit.states).items()
+            for subgroup in subgroups
+            for name, state in subgroup.sharded.states_by_name(subgroup.states).items()
             if "step" in state
         },
     }
 
 
-def own_blocks(units: Sequence[Piece]) -> set[str]:
+def own_blocks(subgroups: Sequence[BoundSubgroup]) -> set[str]:
     """The names of this rank's blocks."""
-    return {str(block) for unit in units for block, *_ in unit.sharded.slots()}
+    return {str(owned.block) for subgroup in subgroups for owned in subgroup.sharded.owned_blocks}
 
 
-def check(units: Sequence[Piece], reader: BlockReader) -> None:
+def check(subgroups: Sequence[BoundSubgroup], reader: BlockReader) -> None:
     """Holds a checkpoint's folder against this rank's blocks, and reads those that fit.
 
     Raises:
         CheckpointError: naming the block that is missing or has another shape although blocks are cut as they
             were, or whose state no block can have; or the file that is missing or damaged.
     """
-    same_cut = reader.header.cut == json.loads(json.dumps(_cuts(units)))
+    same_cut = reader.header.cut == json.loads(json.dumps(_cuts(subgroups)))
     fitting: dict[str, Block] = {}
-    for unit in units:
-        for block, *_ in unit.sharded.slots():
+    for subgroup in subgroups:
+        for block in (owned.block for owned in subgroup.sharded.owned_blocks):
             if reader.holds(str(block), block.origin, block.shape):
                 fitting[str(block)] = block
             elif same_cut:
@@ -100,25 +93,26 @@ def check(units: Sequence[Piece], reader: BlockReader) -> None:
             raise CheckpointError(f"{reader.folder}, block {name}: {problem}")
 
 
-def restore(units: Sequence[Piece], reader: BlockReader) -> None:
+def restore(subgroups: Sequence[BoundSubgroup], reader: BlockReader) -> None:
     """Takes this rank's blocks and step counts from a checked folder; blocks that were cut otherwise start fresh.
 
     Raises:
         CheckpointError: if the framework's files, which are loaded by then, have other step counts than the blocks.
     """
     fresh: list[str] = []
-    for unit in units:
-        for name, state in unit.sharded.states_by_name(unit.states).items():
+    for subgroup in subgroups:
+        for name, state in subgroup.sharded.states_by_name(subgroup.states).items():
             _count_as_saved(name, state, reader)
-        for block, stack, keeper, slot in unit.sharded.slots():
+        for owned in subgroup.sharded.owned_blocks:
+            block = owned.block
             if reader.holds(str(block), block.origin, block.shape):
-                _load(block, stack, keeper, slot, reader.read(str(block)), unit.settings)
+                owned.load(reader.read(str(block)), subgroup.settings)
             else:
                 fresh.append(str(block))
     if fresh:
         logger.warning(
             "%d of this rank's %d blocks were cut otherwise in the checkpoint and start fresh, %s first",
-            len(fresh), len(own_blocks(units)), fresh[0],
+            len(fresh), len(own_blocks(subgroups)), fresh[0],
         )  # fmt: skip
 
 
@@ -135,20 +129,7 @@ def _count_as_saved(name: str, state: dict[str, Any], reader: BlockReader) -> No
     state["step"] = saved
 
 
-def _cuts(units: Sequence[Piece]) -> list[dict[str, Any]]:
+def _cuts(subgroups: Sequence[BoundSubgroup]) -> list[dict[str, Any]]:
     """The settings by which blocks are cut, of each param group once."""
-    cuts = [{key: getattr(unit.settings, key) for key in STRUCTURAL} for unit in units]
+    cuts = [{key: getattr(subgroup.settings, key) for key in STRUCTURAL} for subgroup in subgroups]
     return [cut for number, cut in enumerate(cuts) if cut not in cuts[:number]]
-
-
-def _load(
-    block: Block,
-    stack: ShampooPreconditioner,
-    keeper: RootKeeper,
-    slot: int,
-    state: Mapping[str, Any],
-    settings: GroupSettings,
-) -> None:
-    keeper.check_block_state(slot, state)
-    stack.load_block_state(slot, state)
-    keeper.load_block_state(slot, state, settings)

@@ -13,7 +13,7 @@ from ds_shampoo.config import GroupSettings, SettingsError
 from ds_shampoo.state.nested import BLOCKS, check, from_nested, to_nested
 from ds_shampoo.step.elementwise import MOMENTS
 from ds_shampoo.step.sharded_group import ShardedGroup
-from ds_shampoo.step.units import Piece
+from ds_shampoo.step.subgroups import BoundSubgroup
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -42,7 +42,7 @@ class ShownBlocks:
         self._marks.clear()
 
     def follow(
-        self, sharded: ShardedGroup, name: str, param: Tensor, state: dict[str, Any], settings: GroupSettings
+        self, sharded: ShardedGroup, name: str, param: Tensor, state: dict[str, Any], *, settings: GroupSettings
     ) -> None:
         """Brings a parameter's blocks and its entry together again, before a step.
 
@@ -50,7 +50,7 @@ class ShownBlocks:
             SettingsError: for blocks in the entry that are not this parameter's.
         """
         _mend(state, param)
-        if not sharded.slots_of(name):
+        if not sharded.owned_blocks_of(name):
             return
         shown, present = self._shown.get(param), state.get(BLOCKS)
         if shown is not None and present is not shown.blocks and _is_copy(present, shown.blocks):
@@ -67,10 +67,10 @@ class ShownBlocks:
             state[BLOCKS] = _views(sharded, name)
             self._shown[param] = _Shown(sharded, state[BLOCKS])
 
-    def note(self, piece: Piece) -> None:
+    def note(self, subgroup: BoundSubgroup) -> None:
         """Remembers the moments as a step left them, of parameters that stand for themselves."""
-        if piece.unit.names:
-            for param, state in zip(piece.held, piece.states, strict=True):
+        if subgroup.subgroup.names:
+            for param, state in zip(subgroup.stand_ins, subgroup.states, strict=True):
                 self._marks[param] = [(state[key], state[key]._version) for key in MOMENTS]
 
     def _rewritten(self, param: Tensor, state: Mapping[str, Any]) -> bool:
@@ -92,27 +92,26 @@ def take_up(sharded: ShardedGroup, found: Mapping[str, Mapping[str, Any]], setti
     Raises:
         SettingsError: for one that is missing or does not fit.
     """
-    slots = [slot for name in found for slot in sharded.slots_of(name)]
-    missing = [str(block) for block, *_ in slots if str(block.index) not in found[block.parameter]]
+    blocks = [owned for name in found for owned in sharded.owned_blocks_of(name)]
+    missing = [str(owned.block) for owned in blocks if str(owned.block.index) not in found[owned.block.parameter]]
     if missing:
         raise SettingsError(
-            f"the checkpoint lacks the factors of {len(missing)} of {len(slots)} blocks, {missing[0]} first: it was "
+            f"the checkpoint lacks the factors of {len(missing)} of {len(blocks)} blocks, {missing[0]} first: it was "
             "saved of another model, or by ranks that had other blocks"
         )
     checked = []
-    for block, stack, keeper, slot in slots:
-        nested = found[block.parameter][str(block.index)]
-        check(block, nested)
+    for owned in blocks:
+        nested = found[owned.block.parameter][str(owned.block.index)]
+        check(owned.block, nested)
         state = from_nested(nested)
-        keeper.check_block_state(slot, state)
-        checked.append((stack, keeper, slot, state))
-    for stack, keeper, slot, state in checked:
-        stack.load_block_state(slot, state)
-        keeper.load_block_state(slot, state, settings)
+        owned.check(state)
+        checked.append((owned, state))
+    for owned, state in checked:
+        owned.load(state, settings)
 
 
 def with_blocks(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], pieces: Sequence[Piece]
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], subgroups: Sequence[BoundSubgroup]
 ) -> dict[str, Any]:
     """A state as torch makes it, with the blocks of every parameter in its entry in full.
 
@@ -121,10 +120,10 @@ def with_blocks(
     """
     numbers = {param: number for number, param in enumerate(p for group in groups for p in group["params"])}
     state = dict(state_dict["state"])
-    for piece in pieces:
-        for name, param in zip(piece.unit.names, piece.held, strict=True):
-            if piece.sharded.slots_of(name):
-                blocks = in_full(piece.sharded, name, piece.settings, param.device)
+    for subgroup in subgroups:
+        for name, param in zip(subgroup.subgroup.names, subgroup.stand_ins, strict=True):
+            if subgroup.sharded.owned_blocks_of(name):
+                blocks = in_full(subgroup.sharded, name, subgroup.settings, param.device)
                 state[numbers[param]] = {**state[numbers[param]], BLOCKS: blocks}
     return {**state_dict, "state": state}
 
@@ -132,19 +131,16 @@ def with_blocks(
 def in_full(sharded: ShardedGroup, name: str, settings: GroupSettings, device: torch.device) -> dict[str, Any]:
     """A parameter's blocks in `to_nested`'s form, by number; tensors are those in use, but for jobs under way."""
     rooted = settings.root_refresh_threshold > 0
-    return {
-        str(block.index): to_nested({**stack.block_state(slot), **keeper.block_state(slot)}, rooted, device)
-        for block, stack, keeper, slot in sharded.slots_of(name)
-    }
+    return {str(owned.block.index): to_nested(owned.state(), rooted, device) for owned in sharded.owned_blocks_of(name)}
 
 
 def _views(sharded: ShardedGroup, name: str) -> dict[str, Any]:
     return {
-        str(block.index): {
-            key: {str(number): tensor[slot] for number, tensor in enumerate(tensors)}
-            for key, tensors in (("factors", stack.factors), ("roots", stack.roots))
+        str(owned.block.index): {
+            key: {str(number): tensor[owned.slot] for number, tensor in enumerate(tensors)}
+            for key, tensors in (("factors", owned.stack.factors), ("roots", owned.stack.roots))
         }
-        for block, stack, _, slot in sharded.slots_of(name)
+        for owned in sharded.owned_blocks_of(name)
     }
 
 

@@ -81,7 +81,7 @@ class TensorStep:
     """
 
     def __init__(
-        self, param: Tensor, grad: Tensor, state: dict[str, Any], settings: GroupSettings, memory: StepMemory
+        self, param: Tensor, grad: Tensor, state: dict[str, Any], *, settings: GroupSettings, memory: StepMemory
     ) -> None:
         self.param, self._state = param, state
         self.step = int(state["step"]) + 1  # a tensor on the host where a framework keeps it as torch's Adam does
@@ -144,20 +144,20 @@ class ElementwiseStep:
 
     def _average(self, batch: _Batch, values: list[Tensor], outs: list[Tensor]) -> None:
         s, exp_avgs = self._settings, batch.of(self._exp_avgs)
-        grafting.average(batch.kernels, values, exp_avgs, outs, batch.step, s.betas[0], s.nesterov)
+        grafting.average(batch.kernels, values, exp_avgs, outs, step=batch.step, beta1=s.betas[0], nesterov=s.nesterov)
 
     def _graft(self, batch: _Batch, grads: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         s = self._settings
         grafting.grafting_step(
             batch.kernels,
             s.grafting,
-            batch.of(vectors),
-            batch.of(grads),
-            batch.of(self._exp_avg_sqs),
-            batch.of(self._updates),
-            batch.step,
-            s.betas[1],
-            s.eps,
+            vectors=batch.of(vectors),
+            grads=batch.of(grads),
+            exp_avg_sqs=batch.of(self._exp_avg_sqs),
+            outs=batch.of(self._updates),
+            step=batch.step,
+            beta2=s.betas[1],
+            eps=s.eps,
         )
 
 

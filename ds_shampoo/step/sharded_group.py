@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,16 +13,18 @@ from ds_shampoo.algorithm import grafting
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.length import rescaled, target_squares
 from ds_shampoo.algorithm.precision import matmul_precision
-from ds_shampoo.algorithm.preconditioner import PRECONDITIONERS, ShampooPreconditioner
+from ds_shampoo.algorithm.preconditioners import PRECONDITIONERS
 from ds_shampoo.config import DTYPES, GroupSettings
 from ds_shampoo.roots.keeper import RootCounts, RootKeeper
 from ds_shampoo.roots.schedule import RootSchedule
 from ds_shampoo.roots.service import RootService
-from ds_shampoo.sharding.exchange import ExchangePlan, Gathering, StackPlace
+from ds_shampoo.sharding.exchange import ExchangePlan, Gathering, StackSlot
 from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
 from ds_shampoo.sharding.table import BlockTable
 from ds_shampoo.step.elementwise import ElementwiseStep, StepMemory, TensorStep
+from ds_shampoo.step.owned_block import OwnedBlock
 from ds_shampoo.step.stopwatch import Stopwatch
+from ds_shampoo.step.work import StepWork
 
 
 class ShardedGroup:
@@ -35,6 +37,7 @@ class ShardedGroup:
         settings: those that the blocks were built with.
         device: where blocks are kept and preconditioned.
         stacks: this rank's blocks, stacked by shape.
+        owned_blocks: each of them, with the stack, the root keeper and the slot that hold its state.
         counts: what became of their roots.
         exchange_bytes: what this rank sent in the last step.
         last_step: the step count of the group's parameters; the largest where they differ.
@@ -44,18 +47,19 @@ class ShardedGroup:
         self,
         table: BlockTable,
         settings: GroupSettings,
-        exchange_dtype: str,
         device: torch.device,
+        *,
+        exchange_dtype: str,
         service: RootService,
         stopwatch: Stopwatch,
         memory: StepMemory,
-        places: Mapping[Block, int],
+        turns: Mapping[Block, int],
     ) -> None:
         """
         Args:
             device: where blocks are kept and preconditioned; shards may lie on the host (ZeRO-Offload).
             memory: for the vectors of a step; all groups', since they step one after another.
-            places: every block's, in `stagger`'s order.
+            turns: every block's in the rounds of root boundaries.
         """
         self.table, self.settings, self.device = table, settings, device
         self._stopwatch, self._memory = stopwatch, memory
@@ -67,40 +71,55 @@ class ShardedGroup:
         self.stacks = [build([blocks[i] for i in ordinals], device, root_dtype) for ordinals in self._ordinals]
         self.counts = RootCounts()
         self._keepers = [
-            RootKeeper(stack, [places[block] for block in stack.blocks], service, self.counts) for stack in self.stacks
+            RootKeeper(stack, [turns[block] for block in stack.blocks], service, self.counts) for stack in self.stacks
         ]
         stacked = {
-            ordinal: StackPlace(stack, slot)
+            ordinal: StackSlot(stack, slot)
             for stack, ordinals in enumerate(self._ordinals)
             for slot, ordinal in enumerate(ordinals)
         }
-        self.plan = ExchangePlan(blocks, table.pieces, owners, stacked, partition, device, DTYPES[exchange_dtype])
+        self.plan = ExchangePlan(
+            blocks,
+            table.pieces,
+            owners,
+            stack_slots=stacked,
+            partition=partition,
+            device=device,
+            dtype=DTYPES[exchange_dtype],
+        )
         self._norms = PieceNorms(self.plan.sources, len(blocks), device)
         self._scaler: SegmentScaler | None = None
         if grafting.is_normalized(settings.grafting):
-            self._scaler = SegmentScaler(blocks, table.pieces, owners, table.whole, partition, device)
+            self._scaler = SegmentScaler(
+                blocks, table.pieces, owners, whole=table.whole, partition=partition, device=device
+            )
         self._buffers = {f.parameter: f.buffer for f in partition.fragments if f.rank == partition.rank}
-        self._slots_by_parameter: dict[str, list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]] = {}
-        for slot in self.slots():
-            self._slots_by_parameter.setdefault(slot[0].parameter, []).append(slot)
+        self.owned_blocks = [
+            OwnedBlock(block, stack, keeper, slot)
+            for stack, keeper in zip(self.stacks, self._keepers, strict=True)
+            for slot, block in enumerate(stack.blocks)
+        ]
+        self._owned_by_parameter: dict[str, list[OwnedBlock]] = {}
+        for owned in self.owned_blocks:
+            self._owned_by_parameter.setdefault(owned.block.parameter, []).append(owned)
         self._kept: tuple[list[Tensor], list[Tensor]] | None = None
         self.exchange_bytes = 0
         self.last_step = 0
 
-    def prepare(self, held: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings) -> None:
+    def prepare(self, stand_ins: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings) -> None:
         """Waits for what the step to come needs, and fails where that would; to be called again after a failure.
 
         Raises:
             RuntimeError: for a sparse gradient.
             WorkerError: naming the block, where its root can't be computed.
         """
-        for param in held:
+        for param in stand_ins:
             if param.grad is not None and param.grad.is_sparse:
                 raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
-        steps = [self._step_to_come(param, state) for param, state in zip(held, states, strict=True)]
+        steps = [self._step_to_come(param, state) for param, state in zip(stand_ins, states, strict=True)]
         if self.plan.moves or any(steps):
-            for keeper, clock in zip(self._keepers, self._clocks(steps, self.last_step + 1), strict=True):
-                keeper.prepare(clock, settings)
+            for keeper, step_counts in zip(self._keepers, self._step_counts(steps, self.last_step + 1), strict=True):
+                keeper.prepare(step_counts, settings)
 
     def wait_for_roots(self, settings: GroupSettings) -> None:
         """Waits for all that the next step may need.
@@ -113,50 +132,42 @@ class ShardedGroup:
 
     def step(
         self,
-        held: Sequence[Tensor],
+        stand_ins: Sequence[Tensor],
         states: Sequence[dict[str, Any]],
         settings: GroupSettings,
+        *,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         """One step of docs/algorithm.md, after `prepare`.
 
         Args:
-            held: the tensors that stand in the group now: whole parameters, or flat fp32 shards; none where other
+            stand_ins: the tensors that stand in the group now: whole parameters, or flat fp32 shards; none where other
                 ranks hold all of it.
             states: their elementwise state (`new_state`), updated in place.
             begin: called before anything is changed, and after all memory that grows with the model is there.
         """
         self._memory.restart()
-        tensors = [
-            self._tensor_step(param, state, settings) if self._step_to_come(param, state) else None
-            for param, state in zip(held, states, strict=True)
-        ]
-        present = [tensor for tensor in tensors if tensor is not None]
-        if not present and not self.plan.moves:
+        work = self._work_to_do(stand_ins, states, settings)
+        if work is None:
             return
-        blank = [torch.zeros(0, dtype=torch.float32, device=self.device)] * len(held)
-        if self.plan.moves and len(present) < len(held):  # frozen: others expect its pieces, and pass them over
-            blank = [torch.zeros(param.numel(), dtype=torch.float32, device=self.device) for param in held]
-        elementwise, workspace = ElementwiseStep(present, settings), self._workspace() if self.table.blocks else None
         begin()
-        for tensor in present:
-            tensor.count()
-        self.last_step = max((tensor.step for tensor in present), default=self.last_step + 1)
+        self.last_step = work.count(usual=self.last_step + 1)
+        self._filter_and_graft(work)
+        if work.workspace is not None:
+            grads, vectors = self._send_to_owners(work)
+            self._update_statistics_and_roots(work, grads)
+            if vectors is not None:
+                self._write_directions(work, vectors)
         with self._stopwatch.phase("elementwise"):
-            self._filter_and_graft(elementwise, tensors, blank)
-        if workspace is not None:
-            self._precondition(tensors, blank, workspace, settings)
-        with self._stopwatch.phase("elementwise"):
-            elementwise.finish()
+            work.elementwise.finish()
 
     def take_over(self, other: ShardedGroup, settings: GroupSettings) -> None:
         """Goes on with the blocks of a group of the same table on another device."""
         vars(self.counts).update(vars(other.counts))
         self.last_step = other.last_step
         if other.device.type != "meta":
-            for (_, stack, keeper, slot), (_, old, olds_keeper, _) in zip(self.slots(), other.slots(), strict=True):
-                stack.load_block_state(slot, old.block_state(slot))
-                keeper.load_block_state(slot, olds_keeper.block_state(slot), settings)
+            for own, others in zip(self.owned_blocks, other.owned_blocks, strict=True):
+                own.load(others.state(), settings)
         other.let_go()
 
     def let_go(self) -> None:
@@ -182,17 +193,9 @@ class ShardedGroup:
             return {name: states[0] for name, (_, reason) in self.table.blocked.items() if "not trained" not in reason}
         return {name: states[buffer] for name, buffer in self._buffers.items()}
 
-    def slots_of(self, parameter: str) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
-        """As `slots`, of one parameter."""
-        return self._slots_by_parameter.get(parameter, [])
-
-    def slots(self) -> list[tuple[Block, ShampooPreconditioner, RootKeeper, int]]:
-        """Every owned block with the stack, the root keeper and the slot that hold its state."""
-        return [
-            (block, stack, keeper, slot)
-            for stack, keeper in zip(self.stacks, self._keepers, strict=True)
-            for slot, block in enumerate(stack.blocks)
-        ]
+    def owned_blocks_of(self, parameter: str) -> Sequence[OwnedBlock]:
+        """Those of one parameter."""
+        return self._owned_by_parameter.get(parameter, ())
 
     def _step_to_come(self, param: Tensor, state: Mapping[str, Any]) -> int:
         """The step count that a tensor will have after this step; 0 where it takes no part in it.
@@ -204,79 +207,87 @@ class ShardedGroup:
 
     def _tensor_step(self, param: Tensor, state: dict[str, Any], settings: GroupSettings) -> TensorStep:
         grad = param.grad if param.grad is not None else torch.zeros_like(param)
-        return TensorStep(param, grad, state, settings, self._memory)
+        return TensorStep(param, grad, state, settings=settings, memory=self._memory)
 
-    def _filter_and_graft(
-        self, elementwise: ElementwiseStep, tensors: Sequence[TensorStep | None], blank: Sequence[Tensor]
-    ) -> None:
-        if self._scaler is None:
-            elementwise.filter_and_graft()
-        else:
-            elementwise.filter()
-            grads = self._scaler.normalized(self._staged(tensors, blank, "grad"))
-            vectors = self._scaler.normalized(self._staged(tensors, blank, "vector"))
-            elementwise.graft(_returned(grads, tensors), _returned(vectors, tensors))
+    def _work_to_do(
+        self, stand_ins: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings
+    ) -> StepWork | None:
+        """What the step works on, with all of its memory; None where there is nothing to do."""
+        tensors = [
+            self._tensor_step(param, state, settings) if self._step_to_come(param, state) else None
+            for param, state in zip(stand_ins, states, strict=True)
+        ]
+        if not self.plan.moves and not any(tensors):
+            return None
+        blank = [torch.zeros(0, dtype=torch.float32, device=self.device)] * len(stand_ins)
+        if self.plan.moves and None in tensors:  # frozen: others expect its pieces, and pass them over
+            blank = [torch.zeros(param.numel(), dtype=torch.float32, device=self.device) for param in stand_ins]
+        elementwise = ElementwiseStep([tensor for tensor in tensors if tensor is not None], settings)
+        workspace = self._workspace() if self.table.blocks else None
+        return StepWork(settings, tensors, blank if self.plan.moves else None, elementwise, workspace, self.device)
 
-    def _precondition(
-        self,
-        tensors: Sequence[TensorStep | None],
-        blank: Sequence[Tensor],
-        workspace: tuple[list[Tensor], list[Tensor]],
-        settings: GroupSettings,
-    ) -> None:
-        """Statistics, then roots that are begun or due, then the directions of the blocks whose roots are in force."""
-        schedule = RootSchedule.of(settings)
-        steps = {tensor.step for tensor in tensors if tensor is not None} or {self.last_step}
-        gathered, scratch = workspace
+    def _filter_and_graft(self, work: StepWork) -> None:
+        """Moments, what is to be preconditioned, and the grafting method's own step for it."""
+        with self._stopwatch.phase("elementwise"):
+            if self._scaler is None:
+                work.elementwise.filter_and_graft()
+            else:
+                work.elementwise.filter()
+                grads = self._scaler.normalized(work.staged("grad"))
+                vectors = self._scaler.normalized(work.staged("vector"))
+                work.elementwise.graft(work.returned(grads), work.returned(vectors))
+
+    def _send_to_owners(self, work: StepWork) -> tuple[Gathering | None, Gathering | None]:
+        """Gradients for the statistics and vectors for the directions, on their way to the blocks' owners.
+
+        Both leave at once, so that the second travels while the statistics take in the first.
+        """
+        schedule, steps = RootSchedule.of(work.settings), work.step_counts() or {self.last_step}
         self.exchange_bytes = 0
         grads, vectors = None, None
-        # Both leave at once, so that the second travels while the statistics take in the first.
         preconditions = any(schedule.preconditions(step) for step in steps)
         if any(schedule.statistics_due(step) for step in steps):
-            grads = self._gather(self._staged(tensors, blank, "grad", waited_for_later=preconditions))
+            grads = self._gather(work.staged("grad", waited_for_later=preconditions))
         if preconditions:
-            vectors = self._gather(self._staged(tensors, blank, "vector"))
+            vectors = self._gather(work.staged("vector"))
+        return grads, vectors
+
+    def _update_statistics_and_roots(self, work: StepWork, grads: Gathering | None) -> None:
+        """Statistics of the blocks whose turn it is, then roots that are begun or due; stack by stack."""
+        schedule, gathered = RootSchedule.of(work.settings), work.gathered
         self._arrive(grads, gathered)
-        clocks = self._clocks([0 if tensor is None else tensor.step for tensor in tensors], self.last_step)
-        for stack, keeper, stacked, clock in zip(self.stacks, self._keepers, gathered, clocks, strict=True):
-            due = [slot for slot, step in enumerate(clock) if schedule.statistics_due(step)]
-            with self._stopwatch.phase("statistics"), matmul_precision(settings.matmul_precision):
-                stack.update(stacked, due, settings.statistics_beta)
+        by_stack = self._step_counts([0 if tensor is None else tensor.step for tensor in work.tensors], self.last_step)
+        for stack, keeper, stacked, step_counts in zip(self.stacks, self._keepers, gathered, by_stack, strict=True):
+            due = [slot for slot, step in enumerate(step_counts) if schedule.statistics_due(step)]
+            with self._stopwatch.phase("statistics"), matmul_precision(work.settings.matmul_precision):
+                stack.update(stacked, due, work.settings.statistics_beta)
             with self._stopwatch.phase("roots"):
-                keeper.advance(clock, settings)
-        if vectors is not None:
-            self._arrive(vectors, gathered)
-            updates = self._staged(tensors, blank, "update")
-            self._write_directions(gathered, scratch, updates, settings)
-            with self._stopwatch.phase("exchange"):
-                _unstage(updates, tensors)
+                keeper.advance(step_counts, work.settings)
 
-    def _staged(
-        self,
-        tensors: Sequence[TensorStep | None],
-        blank: Sequence[Tensor],
-        name: Literal["grad", "vector", "update"],
-        waited_for_later: bool = True,
-    ) -> list[Tensor | None]:
-        """A vector of every tensor, on the device of the blocks; whole, since many small copies would be slow.
-
-        Args:
-            blank: what stands for a tensor that takes no part, where others expect its pieces.
-            waited_for_later: the step brings something back afterwards, for which the host waits. Otherwise it waits
-                here: the device reads pinned memory, which the host may write to when the step is over.
-        """
-        return [
-            (own if self.plan.moves else None)
-            if tensor is None
-            else self._stage(getattr(tensor, name), waited_for_later)
-            for tensor, own in zip(tensors, blank, strict=True)
-        ]
-
-    def _stage(self, vector: Tensor, waited_for_later: bool) -> Tensor:
-        if vector.device == self.device:
-            return vector
-        # A copy to the host is waited for: what reads it there would not.
-        return vector.to(self.device, non_blocking=waited_for_later and self.device.type != "cpu")
+    def _write_directions(self, work: StepWork, vectors: Gathering) -> None:
+        """Overwrites the grafting steps of ready blocks by their directions, of the same norm or the one asked for."""
+        settings = work.settings
+        self._arrive(vectors, work.gathered)
+        updates = work.staged("update")
+        with self._stopwatch.phase("exchange"):
+            squares, flags = self._shared_norms(updates)
+        with self._stopwatch.phase("precondition"), matmul_precision(settings.matmul_precision):
+            directions = [
+                rescaled(
+                    stack.apply(vector, spare) if any(stack.ready) else vector.zero_(),
+                    target_squares(squares[rows], stack.blocks[0].numel, settings.direction_rms, settings.grafting),
+                )
+                for stack, rows, vector, spare in zip(self.stacks, self._rows, work.gathered, work.scratch, strict=True)
+            ]
+        ready = {
+            ordinal: stack.ready[slot]
+            for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
+            for slot, ordinal in enumerate(ordinals)
+        }
+        with self._stopwatch.phase("exchange"):
+            self.plan.scatter(directions, updates, ready, flags)
+            work.unstage(updates)
+        self.exchange_bytes += self.plan.scatter_bytes
 
     def _gather(self, staged: Sequence[Tensor | None]) -> Gathering:
         self.exchange_bytes += self.plan.gather_bytes
@@ -287,33 +298,6 @@ class ShardedGroup:
         if gathering is not None:
             with self._stopwatch.phase("exchange"):
                 self.plan.finish(gathering, stacks)
-
-    def _write_directions(
-        self,
-        vectors: Sequence[Tensor],
-        scratch: Sequence[Tensor],
-        updates: Sequence[Tensor | None],
-        settings: GroupSettings,
-    ) -> None:
-        """Overwrites the grafting steps of ready blocks by directions of the same norm."""
-        with self._stopwatch.phase("exchange"):
-            squares, flags = self._shared_norms(updates)
-        with self._stopwatch.phase("precondition"), matmul_precision(settings.matmul_precision):
-            directions = [
-                rescaled(
-                    stack.apply(vector, spare) if any(stack.ready) else vector.zero_(),
-                    target_squares(squares[rows], stack.blocks[0].numel, settings.direction_rms, settings.grafting),
-                )
-                for stack, rows, vector, spare in zip(self.stacks, self._rows, vectors, scratch, strict=True)
-            ]
-        ready = {
-            ordinal: stack.ready[slot]
-            for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
-            for slot, ordinal in enumerate(ordinals)
-        }
-        with self._stopwatch.phase("exchange"):
-            self.plan.scatter(directions, updates, ready, flags)
-        self.exchange_bytes += self.plan.scatter_bytes
 
     def _shared_norms(self, updates: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         """By ordinal: the squared norm of each block's grafting step, and above 0 where its owner is ready."""
@@ -328,7 +312,7 @@ class ShardedGroup:
         dist.all_reduce(shared, group=self.table.partition.process_group)
         return shared[0], shared[1]
 
-    def _clocks(self, steps: Sequence[int], usual: int) -> list[list[int]]:
+    def _step_counts(self, steps: Sequence[int], usual: int) -> list[list[int]]:
         """By stack, the step count of every block's parameter; 0 where it takes no part in this step.
 
         A rank may own a block of which it holds nothing: all of a flat group's shards count alike.
@@ -361,19 +345,3 @@ class ShardedGroup:
         if self.device.type == "cpu":
             self._kept = gathered, scratch
         return gathered, scratch
-
-
-def _returned(staged: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> list[Tensor]:
-    """Those that there are, on the device where their tensors' elementwise step goes on."""
-    return [
-        vector.to(tensor.grad.device)
-        for vector, tensor in zip(staged, tensors, strict=True)
-        if vector is not None and tensor is not None
-    ]
-
-
-def _unstage(updates: Sequence[Tensor | None], tensors: Sequence[TensorStep | None]) -> None:
-    """Brings updates that were staged elsewhere back to where the elementwise step goes on."""
-    for update, tensor in zip(updates, tensors, strict=True):
-        if tensor is not None and update is not None and update is not tensor.update:
-            tensor.update.copy_(update)

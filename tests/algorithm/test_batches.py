@@ -138,7 +138,7 @@ def test_the_table_s_bytes_are_those_that_are_kept(dtype: str) -> None:
     named = {"experts.w": (EXPERTS, 12, 10), "tall": (300, 2), "wide": (3, 200), "square": (40, 40)}
     params = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in named.items()]
     optimizer = Shampoo(params, block_size=64, max_factor_ratio=4.0, root_dtype=dtype)
-    for group in (piece.unit.sharded for piece in optimizer.units()):
+    for group in (subgroup.sharded for subgroup in optimizer.subgroups()):
         kept = sum(tensor.nbytes for stack in group.stacks for tensor in (*stack.factors, *stack.roots))
         assert kept == sum(group.table.state_bytes) > 0
         assert all(max(block.factor_dims) ** 2 <= 4 * block.numel for block in group.table.blocks)

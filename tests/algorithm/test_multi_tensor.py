@@ -151,7 +151,7 @@ def test_lerp(kind: str, sizes: tuple[int, ...], into: str, factor: float) -> No
     starts, ends, others = (numbers(sizes, seed) for seed in range(3))
     expected = by_hand(lambda s, e: factor * (s + 0.3 * (e - s)), starts, ends)
     outs = {"starts": starts, "ends": ends, "others": others}[into]
-    KERNELS[kind]().lerp(starts, ends, 0.3, factor, outs)
+    KERNELS[kind]().lerp(starts, ends, outs, weight=0.3, factor=factor)
     assert_near(outs, expected)
 
 
@@ -178,7 +178,7 @@ def test_divide_by_root(kind: str, sizes: tuple[int, ...], beta2: float, own_vec
     moments = by_hand(lambda v, g: beta2 * v + weight * g * g, squares, grads)
     moment_tensors = [torch.tensor(values, dtype=torch.float64) for values in moments]
     expected = by_hand(lambda x, v: x / (2.5 * math.sqrt(v) + 0.01), vectors, moment_tensors)
-    KERNELS[kind]().divide_by_root(vectors, grads, squares, outs, beta2, 2.5, 0.01)
+    KERNELS[kind]().divide_by_root(vectors, grads, squares, outs, beta2=beta2, factor=2.5, eps=0.01)
     assert_near(squares, moments, rtol=2e-5)
     assert_near(outs, expected, rtol=2e-5)
     for tensors, originals in zip((vectors, grads), before, strict=True):
@@ -190,7 +190,9 @@ def test_divide_by_root(kind: str, sizes: tuple[int, ...], beta2: float, own_vec
 def test_the_second_moment_is_as_exact_as_said(kind: str, grad: float) -> None:
     """From nothing it is (1 - beta2) grad², where a 1 - beta2 taken in fp32 shows in full."""
     squares, outs = [torch.zeros(1)], [torch.zeros(1)]
-    KERNELS[kind]().divide_by_root([torch.ones(1)], [torch.tensor([grad])], squares, outs, 0.999, 1.0, 0.0)
+    KERNELS[kind]().divide_by_root(
+        [torch.ones(1)], [torch.tensor([grad])], squares, outs, beta2=0.999, factor=1.0, eps=0.0
+    )
     off = abs(squares[0].item() / (0.001 * f32(grad) ** 2) - 1)
     assert off < 3e-7 if kind == "torch" else 1.2e-5 < off < 1.4e-5
 
@@ -236,9 +238,9 @@ def test_apex_is_handed_all_that_it_takes() -> None:
     amp_c = AmpC()
     kernels = apex_kernels(amp_c)
     tensors = [numbers((5, 3), seed, positive=True) for seed in range(4)]
-    kernels.lerp(tensors[0], tensors[1], 0.5, 1.0, tensors[0])
+    kernels.lerp(tensors[0], tensors[1], tensors[0], weight=0.5)
     kernels.scale(tensors[0], 0.5, tensors[1])
-    kernels.divide_by_root(*tensors, 0.5, 1.0, 1.0)
+    kernels.divide_by_root(*tensors, beta2=0.5, factor=1.0, eps=1.0)
     kernels.apply_update(tensors[0], tensors[1], 0.5, 0.0)
     kernels.norms([*tensors[0], torch.ones(4, 4)[:, :2]])
     assert amp_c.calls == {"axpby": 2, "scale": 1, "adam": 1, "l2norm": 1}
@@ -259,9 +261,9 @@ def test_several_are_rounded_as_one_by_one() -> None:
         lists = [numbers(sizes, seed, positive=seed == 2) for seed in range(5)]
         for group in groups:
             values, grads, squares, outs, params = ([tensors[i] for i in group] for tensors in lists)
-            TorchKernels().lerp(values, grads, 0.05, 1.3, values)
+            TorchKernels().lerp(values, grads, values, weight=0.05, factor=1.3)
             TorchKernels().scale(grads, 1.7, grads)
-            TorchKernels().divide_by_root(values, grads, squares, outs, 0.95, 3.1, 1e-3)
+            TorchKernels().divide_by_root(values, grads, squares, outs, beta2=0.95, factor=3.1, eps=1e-3)
             TorchKernels().apply_update(params, outs, 0.02, 0.1)
         return [tensor for tensors in lists for tensor in tensors]
 

@@ -35,7 +35,7 @@ def test_multiply_is_an_fp32_product(shape: tuple[int, int, int, int]) -> None:
 def test_multiply_add_is_a_product_and_a_sum(order: int) -> None:
     square, wide, out = torch.randn(2, order, order), torch.randn(2, order, 3 * order), torch.empty(2, order, 3 * order)
     with matmul_precision("highest"):
-        products.multiply_add(square, wide, wide, 0.5, -3.0, out)
+        products.multiply_add(square, wide, wide, alpha=0.5, beta=-3.0, out=out)
     exact = 0.5 * square.double() @ wide.double() - 3 * wide.double()
     bound = order * ULP * (square.abs().double() @ wide.abs().double()) + 8 * ULP * wide.abs()
     assert ((out - exact).abs() <= bound).all()

@@ -63,7 +63,7 @@ def layout_under(kind: str, stage: int) -> tuple[str, list[str], bool]:
     """The layout, names and checkpoint hook of an engine that found Shampoo by its import, through a wrapper."""
     with wrapped(kind), engine_of(engine_config(SHAMPOO, stage, 1), plain=True) as engine:
         optimizer = engine.basic_optimizer
-        names = sorted({name for piece in optimizer.units() for name in piece.sharded.table.blocked})
+        names = sorted({name for piece in optimizer.subgroups() for name in piece.sharded.table.blocked})
         return type(optimizer.layout).__name__, names, "save_checkpoint" in vars(engine)
 
 

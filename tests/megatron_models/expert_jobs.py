@@ -84,8 +84,8 @@ def job(
         if load is None:
             losses += train(engine, "gpt", save_at if folder else 0, steps)
         optimizer = engine.basic_optimizer
-        slots = [slot for group in optimizer._groups.values() for slot in group.slots()]
-        ready = [str(block) for block, stack, _, slot in slots if stack.ready[slot]]
+        blocks = [owned for group in optimizer._groups.values() for owned in group.owned_blocks]
+        ready = [str(owned.block) for owned in blocks if owned.stack.ready[owned.slot]]
         rank = parallel_state.get_tensor_model_parallel_rank()
         return Run(losses, start, by_name(engine.module), optimizer.metrics(), ready, rank, 0)
 

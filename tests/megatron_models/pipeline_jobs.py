@@ -114,8 +114,8 @@ def whole(model: nn.Module) -> dict[str, Any]:
 
 def in_force(engine: Any) -> list[str]:
     """The blocks whose roots this rank has in force."""
-    slots = [slot for group in engine.basic_optimizer._groups.values() for slot in group.slots()]
-    return [str(block) for block, stack, _, slot in slots if stack.ready[slot]]
+    blocks = [owned for group in engine.basic_optimizer._groups.values() for owned in group.owned_blocks]
+    return [str(owned.block) for owned in blocks if owned.stack.ready[owned.slot]]
 
 
 def initialize_by_name(parameters: dict[str, nn.Parameter]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from ds_shampoo.frameworks.deepspeed.experts import global_name
-from ds_shampoo.sharding.order import model_order
+from ds_shampoo.sharding.model_order import model_order
 from tests.distributed.jobs import engine_config
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_parity import FP32

@@ -116,8 +116,8 @@ def job(
         if (place := places([chunk])[id(p)])
     }
     inner = [wrapper.optimizer for wrapper in optimizer.chained_optimizers if not wrapper.is_stub_optimizer]
-    slots = [slot for shampoo in inner for unit in shampoo.units() for slot in unit.sharded.slots()]
-    ready = [str(block) for block, stack, _, slot in slots if stack.ready[slot]]
+    blocks = [owned for shampoo in inner for subgroup in shampoo.subgroups() for owned in subgroup.sharded.owned_blocks]
+    ready = [str(owned.block) for owned in blocks if owned.stack.ready[owned.slot]]
     rank = parallel_state.get_tensor_model_parallel_rank()
     metrics = optimizer.metrics() if hasattr(optimizer, "metrics") else inner[0].metrics()
     return Run(losses, end, ready, metrics, norms, rates, rank)

@@ -13,11 +13,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from ds_shampoo.algorithm.blocks import cut
-from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
+from ds_shampoo.algorithm.preconditioners import ShampooPreconditioner
 from ds_shampoo.config import GroupSettings, parse
 from ds_shampoo.roots.jobs import relative_move
 from ds_shampoo.roots.keeper import RootCounts, RootKeeper
-from ds_shampoo.roots.schedule import stagger
+from ds_shampoo.roots.schedule import turns_of
 from ds_shampoo.roots.service import RootService
 
 BETA = 0.5
@@ -175,7 +175,7 @@ def test_age_never_exceeds_interval_and_delay(
     service = RootService(
         parse({"root_overlap": False, "root_delay": delay, "root_interval": interval}), torch.device("cpu")
     )
-    keeper = RootKeeper(stack, stagger(blocked.blocks), service, RootCounts())
+    keeper = RootKeeper(stack, turns_of(blocked.blocks), service, RootCounts())
     chosen = settings(root_interval=interval, start_preconditioning_step=start, statistics_interval=statistics_interval)
     for step in range(1, start + 4 * interval + delay):
         if (step - 1) % statistics_interval == 0:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_shampoo.algorithm.blocks import Block, cut
-from ds_shampoo.roots.schedule import FIRST_WITHIN, RootSchedule, stagger
+from ds_shampoo.roots.schedule import FIRST_WITHIN, RootSchedule, turns_of
 
 counts = st.integers(1, 20)
 
@@ -33,16 +33,16 @@ def test_a_parameter_without_gradient_is_never_due(start: int, statistics: int, 
 
 @given(counts, st.integers(1, 60), st.integers(0, 80), st.data())
 def test_every_place_has_one_boundary_in_every_interval_after_an_early_one(
-    start: int, roots: int, place: int, data: st.DataObject
+    start: int, roots: int, turn: int, data: st.DataObject
 ) -> None:
     schedule, delay = RootSchedule(start, 1, roots), data.draw(st.integers(0, roots))
-    boundaries = [t for t in range(1, 300) if schedule.is_boundary(t, place)]
+    boundaries = [t for t in range(1, 300) if schedule.is_boundary(t, turn)]
     gaps = [b - a for a, b in itertools.pairwise(boundaries)]
     assert set(gaps[1:]) <= {roots}
     assert gaps[0] <= roots
-    assert start + place % roots in boundaries
+    assert start + turn % roots in boundaries
     assert boundaries[0] < start + FIRST_WITHIN
-    delays = [schedule.delay(t, place, delay) for t in boundaries]
+    delays = [schedule.delay(t, turn, delay) for t in boundaries]
     assert all(own <= gap for own, gap in zip(delays, gaps, strict=False)), "in force before the next are begun"
     assert set(delays[1:]) <= {delay}
     assert delays[0] == min(delay, gaps[0])
@@ -64,20 +64,20 @@ def gpt(layers: int, width: int, block_size: int) -> list[Block]:
 def test_every_step_carries_an_equal_share_on_every_rank(layers: int, width: int, block_size: int, ranks: int) -> None:
     """Within two blocks of the largest kind, for a rank that owns a consecutive part of the model."""
     interval, blocks = 10, gpt(layers, width, block_size)
-    places = stagger(blocks, first=3)
-    assert sorted(places) == list(range(3, 3 + len(blocks)))
+    turns = turns_of(blocks, first=3)
+    assert sorted(turns) == list(range(3, 3 + len(blocks)))
     work = [sum(dim**3 for dim in block.factor_dims) for block in blocks]
     for rank in range(ranks):
         mine = range(len(blocks) * rank // ranks, len(blocks) * (rank + 1) // ranks)
         loads = Counter(dict.fromkeys(range(interval), 0))
         for i in mine:
-            loads[places[i] % interval] += work[i]
+            loads[turns[i] % interval] += work[i]
         assert max(loads.values()) - min(loads.values()) <= 2 * max(work)
 
 
 def test_larger_blocks_have_the_first_places() -> None:
     blocks = [*gpt(1, 32, 16), *gpt(1, 64, 32)]
-    places = stagger(blocks)
-    assert max(p for p, b in zip(places, blocks, strict=True) if b.shape == (32, 32)) < min(
-        p for p, b in zip(places, blocks, strict=True) if b.shape == (16, 16)
+    turns = turns_of(blocks)
+    assert max(p for p, b in zip(turns, blocks, strict=True) if b.shape == (32, 32)) < min(
+        p for p, b in zip(turns, blocks, strict=True) if b.shape == (16, 16)
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from ds_shampoo.algorithm.blocks import cut
-from ds_shampoo.sharding.order import union_over_ranks
+from ds_shampoo.sharding.model_order import union_over_ranks
 from tests.distributed.pool import WorkerPool
 
 

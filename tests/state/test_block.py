@@ -23,9 +23,9 @@ def saved() -> tuple[Block, dict[str, Any]]:
     for step in range(9):
         weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
         optimizer.step()
-    (unit,) = optimizer.units()
-    (block, *_), *_ = unit.sharded.slots()
-    return block, blocks_state([unit.sharded])[str(block)]
+    (subgroup,) = optimizer.subgroups()
+    block = subgroup.sharded.owned_blocks[0].block
+    return block, blocks_state([subgroup.sharded])[str(block)]
 
 
 def test_what_was_given_fits(saved: tuple[Block, dict[str, Any]]) -> None:

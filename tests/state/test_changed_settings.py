@@ -43,7 +43,7 @@ def test_what_decides_the_blocks_is_refused_by_name(param: nn.Parameter, key: st
     before = copy.deepcopy(optimizer.state_dict())
     former = optimizer.param_groups[0].get(key, True)
     optimizer.param_groups[0][key] = value
-    for use in (lambda: a_step(param, optimizer, 1), optimizer.state_dict, optimizer.units):
+    for use in (lambda: a_step(param, optimizer, 1), optimizer.state_dict, optimizer.subgroups):
         with pytest.raises(SettingsError, match=f"'{key}' = "):
             use()
     optimizer.param_groups[0][key] = former

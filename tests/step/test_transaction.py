@@ -21,7 +21,7 @@ from torch import nn
 
 import ds_shampoo
 from ds_shampoo import Shampoo
-from ds_shampoo.algorithm.preconditioner import ShampooPreconditioner
+from ds_shampoo.algorithm.preconditioners import ShampooPreconditioner
 from ds_shampoo.roots.pool import ThreadPool, WorkerError
 from ds_shampoo.step.transaction import BrokenStepError, signals_held_back
 
@@ -198,7 +198,7 @@ def test_an_exception_before_any_line(
             optimizer.step()
         except BrokenStepError:
             refused += 1
-            for use in (optimizer.step, optimizer.state_dict, optimizer.units):
+            for use in (optimizer.step, optimizer.state_dict, optimizer.subgroups):
                 with pytest.raises(BrokenStepError, match="InjectedError"):
                     use()
             continue

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_shampoo.sharding.order import EXPERT
+from ds_shampoo.sharding.model_order import EXPERT
 from ds_shampoo.state.files import BlockReader, CheckpointError
 
 _WEIGHT = "weight"

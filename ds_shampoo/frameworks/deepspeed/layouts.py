@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.frameworks.deepspeed.experts import expert_group, global_name
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
+from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
 
 _Said = TypeVar("_Said")
@@ -88,7 +88,7 @@ class _EngineLayout:
     def absent(self, tensor: Tensor) -> bool:
         return False
 
-    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         return originals
 
     def _prove(self, parameter: LogicalParameter, start: int, master: Tensor, offset: int, present: Tensor) -> None:
@@ -125,13 +125,13 @@ class _EngineLayout:
 class ReplicatedLayout(_EngineLayout):
     """Stage 0: every rank holds every parameter whole, as itself or as an fp32 master copy of it."""
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         trained = members
-        if len(held) != len(members):  # master copies are made of what is trained, in the same order
+        if len(stand_ins) != len(members):  # master copies are made of what is trained, in the same order
             trained = [p for p in members if p.tensor.requires_grad and p.tensor.numel()]
-        if [tuple(tensor.shape) for tensor in held] != [parameter.shape for parameter in trained]:
+        if [tuple(tensor.shape) for tensor in stand_ins] != [parameter.shape for parameter in trained]:
             raise _misread("the master copies do not have the parameters' shapes")
-        for parameter, tensor in zip(trained, held, strict=True):
+        for parameter, tensor in zip(trained, stand_ins, strict=True):
             if tensor is not parameter.tensor:
                 self._prove(parameter, 0, tensor, 0, parameter.tensor.reshape(-1))
         group = self._replicas(members)
@@ -168,14 +168,14 @@ class FlatLayout(_EngineLayout):
     did to the order and padding.
     """
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        if len(held) != 1 or held[0].dim() != 1:
-            raise _misread(f"expected one flat tensor per param group, found {[tuple(t.shape) for t in held]}")
-        flattened = self._flattened(held[0])
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
+        if len(stand_ins) != 1 or stand_ins[0].dim() != 1:
+            raise _misread(f"expected one flat tensor per param group, found {[tuple(t.shape) for t in stand_ins]}")
+        flattened = self._flattened(stand_ins[0])
         trained = [p for p in members if id(p.tensor) in flattened and p.tensor.numel()]
         if not trained:
             raise _misread("a flat tensor holds no parameter of its param group")
-        flat, group = held[0], trained[0].tensor._dp_group  # type: ignore[attr-defined]
+        flat, group = stand_ins[0], trained[0].tensor._dp_group  # type: ignore[attr-defined]
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         base = min(parameter.tensor.data_ptr() for parameter in trained)
         fragments = [
@@ -196,8 +196,8 @@ class FlatLayout(_EngineLayout):
         """
         zero: Any = self._present_engine().optimizer
         for flats, groups in _FLAT_GROUPS:
-            for held, parameters in zip(getattr(zero, flats, ()), getattr(zero, groups, ()), strict=False):
-                if held is flat:
+            for stand_ins, parameters in zip(getattr(zero, flats, ()), getattr(zero, groups, ()), strict=False):
+                if stand_ins is flat:
                     return {id(parameter) for parameter in parameters}
         raise _misread("a flat tensor is not of the ZeRO optimizer's")
 
@@ -217,9 +217,9 @@ class SubGroupLayout(_EngineLayout):
     def absent(self, tensor: Tensor) -> bool:
         return tensor.numel() < self._size(tensor)
 
-    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         """Those of the sub-group, and with the first of a param group those that nobody trains, in no sub-group."""
-        zero, number = self._zero(), self._number(held)
+        zero, number = self._zero(), self._number(stand_ins)
         by_tensor = {id(parameter.tensor): parameter for parameter in originals}
         tensors = zero.fp16_groups[number]
         if any(id(tensor) not in by_tensor for tensor in tensors):
@@ -230,11 +230,11 @@ class SubGroupLayout(_EngineLayout):
         placed = {id(tensor) for group in zero.fp16_groups for tensor in group}
         return mine + [parameter for parameter in originals if id(parameter.tensor) not in placed]
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
-        zero, flat = self._zero(), held[0]
-        mine = {id(tensor) for tensor in zero.fp16_groups[self._number(held)]}
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
+        zero, flat = self._zero(), stand_ins[0]
+        mine = {id(tensor) for tensor in zero.fp16_groups[self._number(stand_ins)]}
         ask = getattr(zero, "_get_sub_group_process_group", None)
-        group = ask(self._number(held)) if ask is not None else zero.dp_process_group
+        group = ask(self._number(stand_ins)) if ask is not None else zero.dp_process_group
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         fragments: list[Fragment] = []
         offset = 0
@@ -259,10 +259,10 @@ class SubGroupLayout(_EngineLayout):
     def _size(self, flat: Tensor) -> int:
         return int(self._zero().fp16_partitioned_groups_flat_numel[self._number([flat])])
 
-    def _number(self, held: Sequence[Tensor]) -> int:
+    def _number(self, stand_ins: Sequence[Tensor]) -> int:
         flats = self._zero().fp32_partitioned_groups_flat
-        found = [number for number, flat in enumerate(flats) if flat is held[0]]
-        if len(held) != 1 or len(found) != 1:
+        found = [number for number, flat in enumerate(flats) if flat is stand_ins[0]]
+        if len(stand_ins) != 1 or len(found) != 1:
             raise _misread("expected the flat tensor of one sub-group at a time")
         return found[0]
 

@@ -52,9 +52,9 @@ def load(engine: Any, optimizer: Shampoo, options: dict[str, Any], deepspeeds: C
     if result[0] is None:
         return result
     if reader is not None:
-        units = optimizer.units(to_load=True)
+        subgroups = optimizer.subgroups(to_load=True)
         with together():
-            saving.restore(units, reader)
+            saving.restore(subgroups, reader)
         optimizer.mend()
     elif wanted:
         if optimizer.took_up_shampoo:
@@ -73,7 +73,7 @@ def _opened(
     Args:
         wanted: whether the blocks are, and not the weights alone.
     """
-    reader, units = None, optimizer.units(to_load=True)  # which all ranks have to build at once
+    reader, subgroups = None, optimizer.subgroups(to_load=True)  # which all ranks have to build at once
     by_name = options["tag"] is not None
     with together():
         found = _folder(engine, options)
@@ -85,7 +85,7 @@ def _opened(
             _check_form(engine, reader, Path(options["load_dir"]), by_name)
             if wanted:
                 check_world(engine, reader)
-                saving.check(units, reader)
+                saving.check(subgroups, reader)
             experts.check(reader)
             reader.verify_foreign(dist.get_rank(), dist.get_world_size(), weights_alone=not wanted)
         elif found is not None and (wanted or experts) and saved_by_shampoo(found):

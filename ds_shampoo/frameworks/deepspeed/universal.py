@@ -106,7 +106,7 @@ def _take_blocks_along(reader: BlockReader, target: Path, origin: Origin) -> Non
     for file in reader.index.files:
         shutil.copyfile(reader.folder / file.name, target / FOLDER / file.name)
     header = {**reader.header.model_dump(), "stamp": uuid.uuid4().hex}
-    write_index(target / FOLDER, header, reader.index.files, foreign, origin)
+    write_index(target / FOLDER, header, reader.index.files, foreign, universal=origin)
     copy = BlockReader(target / FOLDER)
     copy.verify(copy.blocks)
 

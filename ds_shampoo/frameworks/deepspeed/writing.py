@@ -154,8 +154,8 @@ def _write_blocks(engine: Any, optimizer: Shampoo, folder: Path, stamp: str) -> 
     """
     files: list[BlockFile] = []
     with together():
-        units = optimizer.units()  # which a rank refuses after a step that broke
-        states, header = saving.blocks_state(unit.sharded for unit in units), saving.header(units)
+        subgroups = optimizer.subgroups()  # which a rank refuses after a step that broke
+        states, header = saving.blocks_state(subgroup.sharded for subgroup in subgroups), saving.header(subgroups)
         if slice_rank(engine) > 0:  # what is not sliced is written by the first of those that have it
             sliced = optimizer.sliced_parameters()
             states = {name: state for name, state in states.items() if name.rpartition("[")[0] in sliced}

@@ -11,8 +11,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks.megatron.inner import InnerShampoo
 from ds_shampoo.frameworks.megatron.layout import MegatronLayout
-from ds_shampoo.optimizer import Shampoo
 from ds_shampoo.state.saving import blocks_state, load_blocks
 
 KEY = "shampoo"
@@ -28,7 +28,7 @@ else:
 class WithBlocks(_Base):  # type: ignore[misc]
     """Adds the blocks to what one of Megatron's chained optimizers saves and loads."""
 
-    def inner(self) -> Iterator[Shampoo]:
+    def inner(self) -> Iterator[InnerShampoo]:
         """The Shampoo in each of the chained optimizers that has parameters."""
         for wrapper in self.chained_optimizers:
             if not wrapper.is_stub_optimizer:
@@ -74,13 +74,13 @@ class WithBlocks(_Base):  # type: ignore[misc]
         load_sharded_blocks(list(self.inner()), saved)
 
 
-def sharded_blocks(optimizers: Sequence[Shampoo]) -> dict[str, Any]:
+def sharded_blocks(optimizers: Sequence[InnerShampoo]) -> dict[str, Any]:
     """The optimizers' steps, and their blocks of this rank as dist_checkpointing takes them."""
     blocks = {name: block for shampoo in optimizers for name, block in _sharded(shampoo).items()}
     return {"step": _steps(optimizers), "blocks": blocks}
 
 
-def load_sharded_blocks(optimizers: Sequence[Shampoo], saved: Mapping[str, Any]) -> None:
+def load_sharded_blocks(optimizers: Sequence[InnerShampoo], saved: Mapping[str, Any]) -> None:
     """Takes back what `sharded_blocks` gave and dist_checkpointing loaded, after the optimizers' own states.
 
     Raises:
@@ -89,7 +89,7 @@ def load_sharded_blocks(optimizers: Sequence[Shampoo], saved: Mapping[str, Any])
     _count(optimizers, saved["step"])
     blocks = {name: _joined(state) for name, state in saved["blocks"].items()}
     for shampoo in optimizers:
-        load_blocks(blocks, shampoo.units())
+        load_blocks(blocks, shampoo.subgroups())
 
 
 def apart(state_dict: Any) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -103,18 +103,16 @@ def apart(state_dict: Any) -> tuple[dict[str, Any], Mapping[str, Any]]:
     return {key: value for key, value in state_dict.items() if key != KEY}, state_dict[KEY]
 
 
-def _count(optimizers: Sequence[Shampoo], steps: int) -> None:
-    for unit in (unit for shampoo in optimizers for unit in shampoo.units()):
-        unit.sharded.last_step = steps
-        for state in unit.states:
-            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device="cpu")
+def _count(optimizers: Sequence[InnerShampoo], steps: int) -> None:
+    for shampoo in optimizers:
+        shampoo.count_steps(steps)
 
 
-def _steps(optimizers: Sequence[Shampoo]) -> int:
-    return max((unit.sharded.last_step for shampoo in optimizers for unit in shampoo.units()), default=0)
+def _steps(optimizers: Sequence[InnerShampoo]) -> int:
+    return max((subgroup.sharded.last_step for shampoo in optimizers for subgroup in shampoo.subgroups()), default=0)
 
 
-def _sharded(shampoo: Shampoo) -> dict[str, Any]:
+def _sharded(shampoo: InnerShampoo) -> dict[str, Any]:
     """This rank's blocks as dist_checkpointing takes them; a copy that other tensor-parallel ranks save is marked."""
     sliced, copy = shampoo.sliced_parameters(), dist.get_rank(_layout(shampoo).slices)
     found: dict[str, Any] = {}
@@ -132,8 +130,8 @@ def _sharded(shampoo: Shampoo) -> dict[str, Any]:
     return found
 
 
-def _states(shampoo: Shampoo) -> dict[str, Any]:
-    return blocks_state(unit.sharded for unit in shampoo.units())
+def _states(shampoo: InnerShampoo) -> dict[str, Any]:
+    return blocks_state(subgroup.sharded for subgroup in shampoo.subgroups())
 
 
 def _joined(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,6 +139,6 @@ def _joined(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**{part: value for part, value in state.items() if part != "rest"}, **state.get("rest", {})}
 
 
-def _layout(shampoo: Shampoo) -> MegatronLayout:
+def _layout(shampoo: InnerShampoo) -> MegatronLayout:
     assert isinstance(shampoo.layout, MegatronLayout)
     return shampoo.layout

@@ -24,6 +24,13 @@ class InnerShampoo(Shampoo):
         for state in self.state.values():
             state.pop("step", None)
 
+    def count_steps(self, steps: int) -> None:
+        """Sets the step count of all parameters: Megatron's checkpoints have one for all."""
+        for subgroup in self.subgroups():
+            subgroup.sharded.last_step = steps
+            for state in subgroup.states:
+                state["step"] = torch.tensor(float(steps), dtype=torch.float32, device="cpu")
+
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state = super()._state_of(param)
         if "step" in state:

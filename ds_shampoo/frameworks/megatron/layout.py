@@ -15,7 +15,7 @@ from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.frameworks.megatron.names import Place
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.order import Rounds, concatenated_over_ranks, union_over_ranks
+from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
 
 _Said = TypeVar("_Said")
@@ -97,15 +97,15 @@ class MegatronLayout:
     def absent(self, tensor: Tensor) -> bool:
         return False
 
-    def members(self, originals: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Sequence[LogicalParameter]:
+    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         return originals
 
-    def partition(self, members: Sequence[LogicalParameter], held: Sequence[Tensor]) -> Partition:
+    def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         names = {id(member.tensor): member.name for member in members}
         rank, world_size = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
         own: list[Fragment] = []
         runs = self._runs()
-        for buffer, tensor in enumerate(held):
+        for buffer, tensor in enumerate(stand_ins):
             parameter, start = runs[id(tensor)]
             name = names[id(parameter)]
             present = parameter.detach().view(-1)[start : start + tensor.numel()]
@@ -116,4 +116,4 @@ class MegatronLayout:
             own.append(Fragment(name, start, tensor.numel(), rank, buffer, 0))
         everyones: list[Any] = [own] * world_size
         dist.all_gather_object(everyones, own, group=self.replicas)
-        return Partition([fragment for held in everyones for fragment in held], rank, world_size, self.replicas)
+        return Partition([fragment for run in everyones for fragment in run], rank, world_size, self.replicas)

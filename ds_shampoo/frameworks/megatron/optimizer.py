@@ -20,8 +20,8 @@ from ds_shampoo.frameworks.megatron.layout import MegatronLayout, runs_of
 from ds_shampoo.frameworks.megatron.names import Place, places
 from ds_shampoo.frameworks.megatron.support import checked, refuse_unsupported
 from ds_shampoo.optimizer import Shampoo
-from ds_shampoo.roots.schedule import stagger
-from ds_shampoo.sharding.order import by_name, names_over_ranks
+from ds_shampoo.roots.schedule import turns_of
+from ds_shampoo.sharding.model_order import by_name, names_over_ranks
 
 
 class ShampooChainedOptimizer(WithBlocks, ChainedOptimizer):  # type: ignore[misc]
@@ -79,22 +79,22 @@ def get_megatron_shampoo_optimizer(
         if not wrapper.is_stub_optimizer:
             _put_in_place(wrapper, model_chunks, members, found, groups, shampoo)
     inner = list(whole.inner())
-    _share_places(inner, names_over_ranks([place.name for place in found.values()]))
+    _share_turns(inner, names_over_ranks([place.name for place in found.values()]))
     for optimizer in inner:
         optimizer.prepare()
     return whole
 
 
-def _share_places(optimizers: Sequence[Shampoo], names: Sequence[str]) -> None:
+def _share_turns(optimizers: Sequence[Shampoo], names: Sequence[str]) -> None:
     """Spreads the boundaries of several optimizers' blocks as if one had them all, before they step.
 
     Args:
         names: those of all parameters, in the model's order.
     """
-    blocks = by_name({block for optimizer in optimizers for block in optimizer.places}, names)
-    places = dict(zip(blocks, stagger(blocks, 0), strict=True))
+    blocks = by_name({block for optimizer in optimizers for block in optimizer.turns}, names)
+    turns = dict(zip(blocks, turns_of(blocks, 0), strict=True))
     for optimizer in optimizers:
-        optimizer.places = places
+        optimizer.take_turns(turns)
 
 
 def _put_in_place(

@@ -29,9 +29,9 @@ def model_order(names: Iterable[str]) -> list[str]:
     parts = {name: _parts(name) for name in distinct}
     layers: dict[str, int] = {}
     templates: dict[tuple[str, str], int] = {}
-    for place, (before, _, after) in enumerate(parts.values()):
-        layers.setdefault(before, place)
-        templates.setdefault((before, after), place)
+    for number, (before, _, after) in enumerate(parts.values()):
+        layers.setdefault(before, number)
+        templates.setdefault((before, after), number)
 
     def key(name: str) -> tuple[int, int, int]:
         before, number, after = parts[name]

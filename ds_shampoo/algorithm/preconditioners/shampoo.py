@@ -1,15 +1,14 @@
-"""Preconditioners: one stack of equal-shaped blocks at their owner, its state, and what it does to a gradient."""
+"""Shampoo's preconditioner: one Kronecker factor and one inverse root per dimension (paper, Algorithm 1)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
-from ds_shampoo.algorithm.orthogonal import orthogonalize
 from ds_shampoo.algorithm.products import multiply
 from ds_shampoo.algorithm.statistics import accumulate
 from ds_shampoo.algorithm.triangle import packed_numel
@@ -18,53 +17,8 @@ from ds_shampoo.algorithm.triangle import packed_numel
 _WIDENED_AT_ONCE = 2**22
 
 
-class Preconditioner(Protocol):
-    """What a stack of `n` equal-shaped blocks must offer. Slot i of every tensor belongs to `blocks[i]`."""
-
-    blocks: tuple[Block, ...]
-    ready: list[bool]
-    root_order: int
-
-    def restart(self, slot: int) -> None:
-        """Puts the slot back to where it was built."""
-
-    def restart_statistics(self, slot: int) -> None:
-        """Forgets the slot's gradients; what is in force stays."""
-
-    def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
-        """Folds block gradients [n, *shape] into the statistics of `slots`."""
-
-    def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
-        """The directions for vectors [n, *shape], in either of the two tensors, which are both overwritten.
-
-        Those of slots that aren't ready mean nothing.
-        """
-
-    def block_state(self, slot: int) -> dict[str, Any]:
-        """Plain tensors, views of the present state, and numbers: `load_block_state` restores the slot bit for bit."""
-
-    def check_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
-        """Whether `load_block_state` would take the state.
-
-        Raises:
-            ValueError: naming the block and what is missing or does not fit.
-        """
-
-    def load_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
-        """Takes back what `block_state` gave, or raises as `check_block_state` does and changes nothing."""
-
-
 class ShampooPreconditioner:
-    """Shampoo's: a Kronecker factor and an inverse root per preconditioned dimension.
-
-    Attributes:
-        factors: one tensor per preconditioned dimension, in the order of `Block.preconditioned`: packed lower
-            triangles [n, packed_numel(d)] fp32.
-        roots: likewise, [n, d, d] of `root_dtype`.
-        updates: how often each slot's statistics were updated.
-        ready: whether each slot's roots are all in force.
-        root_order: p of the roots A^(-1/p).
-    """
+    """A Kronecker factor and an inverse root per preconditioned dimension; roots of order twice their number."""
 
     def __init__(self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32) -> None:
         self.blocks = tuple(blocks)
@@ -138,30 +92,6 @@ class ShampooPreconditioner:
                 tensor[slot].copy_(value)
         self.updates[slot] = int(state["updates"])
         self.ready[slot] = bool(state["ready"])
-
-
-class SpectralPreconditioner(ShampooPreconditioner):
-    """Spectral descent in Shampoo's coordinates: whitened halfway, made orthogonal, and taken back.
-
-    For a matrix X_L msign(X_L V X_R) X_R, where msign(U S Vᵀ) = U Vᵀ: the steepest direction under a spectral norm that
-    the statistics have bent (Zhang et al., "Mousse", arXiv 2603.09697; there with exponents of -1/8 too, and over
-    whole matrices). A root applied twice has half of Shampoo's exponent.
-    """
-
-    def __init__(self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(blocks, device, root_dtype)
-        self.root_order *= 2
-
-    def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
-        """The directions; a block of more than two dimensions is orthogonal as its first against the others."""
-        whitened = super().apply(vectors, scratch)
-        other = scratch if whitened is vectors else vectors
-        count, rows = len(whitened), self.blocks[0].matrix_shape[0]
-        orthogonalize(whitened.view(count, rows, -1), other.view(count, rows, -1))
-        return super().apply(other, whitened)
-
-
-PRECONDITIONERS = {"shampoo": ShampooPreconditioner, "spectral": SpectralPreconditioner}
 
 
 def _widened_together(root: Tensor) -> Iterator[slice]:

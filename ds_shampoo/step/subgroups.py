@@ -1,4 +1,4 @@
-"""Units: what is stepped together, each with its blocks; who is trained is decided here, and here alone."""
+"""Subgroups: what is stepped together, each with its blocks; who is trained is decided here, and here alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ds_shampoo.accelerators import module_of
 from ds_shampoo.algorithm import multi_tensor
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.config import GroupSettings, SettingsError, ShampooConfig
-from ds_shampoo.roots.schedule import RootSchedule, stagger
+from ds_shampoo.roots.schedule import RootSchedule, turns_of
 from ds_shampoo.roots.service import RootService
 from ds_shampoo.sharding.ownership import fingerprint
 from ds_shampoo.sharding.partition import Layout, LogicalParameter, check_agreement
@@ -24,14 +24,14 @@ from ds_shampoo.step.stopwatch import Stopwatch
 
 
 class Workplace(NamedTuple):
-    """What the units of one device share."""
+    """What the subgroups of one device share."""
 
     service: RootService
     stopwatch: Stopwatch
 
 
 @dataclass(frozen=True)
-class Unit:
+class Subgroup:
     """What is stepped together, and the tensors of a param group that stand for it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Unit:
         chosen: which of the tensors that stand in the group it steps; None for all of them.
         ids: of those that it was built for.
         names: of the parameters that these are; none where they stand for several each.
-        held: how many tensors stood in the group then.
+        count: how many tensors stood in the group then.
         anchor: the first parameter of it that is trained, which tells where its blocks belong; None where none is.
     """
 
@@ -49,19 +49,19 @@ class Unit:
     chosen: tuple[int, ...] | None
     ids: tuple[int, ...]
     names: tuple[str, ...]
-    held: int
+    count: int
     anchor: LogicalParameter | None
 
-    def of(self, held: Sequence[Tensor]) -> list[Tensor]:
+    def of(self, stand_ins: Sequence[Tensor]) -> list[Tensor]:
         """Its own of the tensors that stand in the group now.
 
         Raises:
             RuntimeError: where parameters have been replaced by others.
         """
         if self.chosen is None:
-            return list(held)
-        own = [held[i] for i in self.chosen if i < len(held)]
-        if len(held) != self.held or tuple(map(id, own)) != self.ids:
+            return list(stand_ins)
+        own = [stand_ins[i] for i in self.chosen if i < len(stand_ins)]
+        if len(stand_ins) != self.count or tuple(map(id, own)) != self.ids:
             raise RuntimeError(
                 "the tensors of a param group were replaced after Shampoo had built their blocks; make a new optimizer "
                 "for them, or under DeepSpeed call ds_shampoo.initialize"
@@ -69,50 +69,50 @@ class Unit:
         return own
 
 
-class Piece(NamedTuple):
-    """A unit with what stands for it at present.
+class BoundSubgroup(NamedTuple):
+    """A subgroup with what stands for it at present.
 
     Attributes:
         settings: its param group's.
-        held: the tensors that are stepped: whole parameters, or flat fp32 shards.
+        stand_ins: the tensors that are stepped: whole parameters, or flat fp32 shards.
         states: their elementwise state.
     """
 
-    unit: Unit
+    subgroup: Subgroup
     settings: GroupSettings
-    held: Sequence[Tensor]
+    stand_ins: Sequence[Tensor]
     states: Sequence[dict[str, Any]]
 
     @property
     def sharded(self) -> ShardedGroup:
-        return self.unit.sharded
+        return self.subgroup.sharded
 
 
-class Units:
-    """Builds units as they are needed, and keeps them.
+class Subgroups:
+    """Builds subgroups as they are needed, and keeps them.
 
     A parameter belongs to one from the first step at which it is trained (`requires_grad`), for good: frozen later, it
     is passed over like one without gradient, and what it had is kept and saved. One that is trained later than the
-    rest of its group gets a unit of its own, so that no block ever changes its owner. Frameworks that replace
+    rest of its group gets a subgroup of its own, so that no block ever changes its owner. Frameworks that replace
     parameters by tensors of their own decide by themselves, before the first step, what those stand for.
 
     Attributes:
         layout: how a host framework lays parameters out.
         logical: by param group, its parameters as the user passed them.
-        places: every block's in `stagger`'s order; decides when its roots are due.
+        turns: every block's in the rounds of root boundaries (`turns_of`).
     """
 
-    def __init__(self, config: ShampooConfig, layout: Layout, names: Iterable[int]) -> None:
-        """`names` are the ids of the model's parameters in its order; none where no model is known."""
+    def __init__(self, config: ShampooConfig, layout: Layout, model_order: Iterable[int]) -> None:
+        """`model_order` are the ids of the model's parameters in its order; none where no model is known."""
         self.layout = layout
-        self._order = {key: number for number, key in enumerate(names)}
+        self._model_order = {key: number for number, key in enumerate(model_order)}
         self.logical: list[list[LogicalParameter]] = []
-        self.places: dict[Block, int] = {}
+        self.turns: dict[Block, int] = {}
         self._config = config
         self._trained: list[set[str]] = []
         self._schedules: list[GroupSettings] = []
-        self._placed_groups = 0
-        self._built: dict[Hashable, list[Unit]] = {}
+        self._groups_with_turns = 0
+        self._built: dict[Hashable, list[Subgroup]] = {}
         self._loads: dict[ShardedGroup, tuple[Hashable, list[float]]] = {}
         self._workplaces: dict[torch.device, Workplace] = {}
         self._memory = StepMemory()
@@ -125,12 +125,12 @@ class Units:
 
     @property
     def groups(self) -> list[ShardedGroup]:
-        """Those of all units, in the order in which they were built."""
-        return [unit.sharded for unit in self.all]
+        """Those of all subgroups, in the order in which they were built."""
+        return [subgroup.sharded for subgroup in self.all]
 
     @property
-    def all(self) -> list[Unit]:
-        return [unit for units in self._built.values() for unit in units]
+    def all(self) -> list[Subgroup]:
+        return [subgroup for subgroups in self._built.values() for subgroup in subgroups]
 
     @property
     def workplaces(self) -> list[Workplace]:
@@ -154,13 +154,13 @@ class Units:
 
     def takes_part(self, group: Mapping[str, Any]) -> bool:
         """Whether anything of a group is stepped: frameworks take the tensors out of those whose turn it isn't."""
-        index, held = group["group_index"], group["params"]
-        if not held and not self.layout.steps_empty:
+        index, stand_ins = group["group_index"], group["params"]
+        if not stand_ins and not self.layout.steps_empty:
             return False
-        return bool(self._trained[index] or self._newly_trained(index, held))
+        return bool(self._trained[index] or self._newly_trained(index, stand_ins))
 
     def expected(self) -> int:
-        """How many units make one step of everything."""
+        """How many subgroups make one step of everything."""
         return sum(self._expected(index) for index in range(len(self.logical)))
 
     def _expected(self, index: int) -> int:
@@ -175,7 +175,7 @@ class Units:
             return None
         return self.layout.parts(sum(map(bool, self.logical[:index])))
 
-    def held(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Sequence[Tensor]]]:
+    def stand_ins(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Sequence[Tensor]]]:
         """What stands for every group, or for its parts, outside of a step."""
         for group in groups:
             parts = self.parts(group["group_index"])
@@ -184,24 +184,24 @@ class Units:
             for part in parts or ():
                 yield group, [part]
 
-    def of(self, index: int, held: Sequence[Tensor], settings: GroupSettings) -> list[Unit]:
-        """The units of a group, or of the part of it that `held` stands for; what is missing is built."""
+    def of(self, index: int, stand_ins: Sequence[Tensor], settings: GroupSettings) -> list[Subgroup]:
+        """The subgroups of a group, or of the part of it that `stand_ins` stands for; what is missing is built."""
         in_parts = self.parts(index) is not None
-        key = index, id(held[0]) if in_parts else 0
-        late = self._newly_trained(index, held)
+        key = index, id(stand_ins[0]) if in_parts else 0
+        late = self._newly_trained(index, stand_ins)
         if key not in self._built:
             self._trained[index] |= late
-            self._built[key] = [self._build(index, held, settings, None)]
+            self._built[key] = [self._build(index, stand_ins, settings, None)]
         elif late:
-            unit = self._build(index, held, settings, late)
+            subgroup = self._build(index, stand_ins, settings, late)
             self._trained[index] |= late
-            self._built[key] = [*self._built[key], unit]
+            self._built[key] = [*self._built[key], subgroup]
         else:
-            self._built[key] = [self._in_place(unit, settings) for unit in self._built[key]]
+            self._built[key] = [self._in_place(subgroup, settings) for subgroup in self._built[key]]
         return self._built[key]
 
     def forget(self, trained: Sequence[Collection[str]]) -> None:
-        """Drops all units, for other settings; what was trained stays so.
+        """Drops all subgroups, for other settings; what was trained stays so.
 
         Args:
             trained: by param group, what is to have blocks though it may be frozen now.
@@ -213,29 +213,31 @@ class Units:
         for own, found in zip(self._trained, trained, strict=True):
             own.update(found)
 
-    def _newly_trained(self, index: int, held: Sequence[Tensor]) -> set[str]:
+    def _newly_trained(self, index: int, stand_ins: Sequence[Tensor]) -> set[str]:
         """Those that have begun to be trained since, where the tensors that stand in the group are themselves."""
         trained = self._trained[index]
         waiting = [p for p in self.logical[index] if p.name not in trained]
-        own = {id(tensor) for tensor in held} if waiting else set()
+        own = {id(tensor) for tensor in stand_ins} if waiting else set()
         return {p.name for p in waiting if id(p.tensor) in own and self._is_trained(p.tensor)}
 
     def _is_trained(self, tensor: Tensor) -> bool:
         return tensor.requires_grad or (tensor.grad is not None and not self.layout.keeps_blocks_apart)
 
-    def _build(self, index: int, held: Sequence[Tensor], settings: GroupSettings, late: set[str] | None) -> Unit:
-        """A unit of all that is trained, or of what has come late."""
-        self.place()
+    def _build(
+        self, index: int, stand_ins: Sequence[Tensor], settings: GroupSettings, late: set[str] | None
+    ) -> Subgroup:
+        """A subgroup of all that is trained, or of what has come late."""
+        self.give_turns()
         wanted = self._trained[index] if late is None else late
         whole = {id(p.tensor): p for p in self.logical[index]}
-        chosen, number = None, len(held)
-        if held and all(id(tensor) in whole for tensor in held):
-            chosen = tuple(i for i, tensor in enumerate(held) if whole[id(tensor)].name in wanted)
-            held = [held[i] for i in chosen]
-        members = [p for p in self.layout.members(self.logical[index], held) if late is None or p.name in late]
+        chosen, number = None, len(stand_ins)
+        if stand_ins and all(id(tensor) in whole for tensor in stand_ins):
+            chosen = tuple(i for i, tensor in enumerate(stand_ins) if whole[id(tensor)].name in wanted)
+            stand_ins = [stand_ins[i] for i in chosen]
+        members = [p for p in self.layout.members(self.logical[index], stand_ins) if late is None or p.name in late]
         trained = [p for p in members if p.name in wanted]
         device = self._device(trained or members)
-        partition = self.layout.partition(trained, held)
+        partition = self.layout.partition(trained, stand_ins)
         before = self._carried(id(partition.process_group), partition.world_size)
         loads = list(before)
         table = block_table(members, partition, settings, loads)
@@ -245,13 +247,20 @@ class Units:
         sharded = self._sharded(table, settings, device)
         own = [after - load for after, load in zip(loads, before, strict=True)]
         self._loads[sharded] = id(partition.process_group), own
-        names = () if chosen is None else tuple(whole[id(tensor)].name for tensor in held)
-        return Unit(index, sharded, chosen, tuple(map(id, held)), names, number, next(iter(trained), None))
+        names = () if chosen is None else tuple(whole[id(tensor)].name for tensor in stand_ins)
+        return Subgroup(index, sharded, chosen, tuple(map(id, stand_ins)), names, number, next(iter(trained), None))
 
     def _sharded(self, table: BlockTable, settings: GroupSettings, device: torch.device) -> ShardedGroup:
         service, stopwatch = self.workplace(device)
         return ShardedGroup(
-            table, settings, self._config.exchange_dtype, device, service, stopwatch, self._memory, self.places
+            table,
+            settings,
+            device,
+            exchange_dtype=self._config.exchange_dtype,
+            service=service,
+            stopwatch=stopwatch,
+            memory=self._memory,
+            turns=self.turns,
         )
 
     def _carried(self, process_group: Hashable, world_size: int) -> list[float]:
@@ -276,30 +285,30 @@ class Units:
             )
         return next(iter(devices), torch.device("cpu"))
 
-    def _in_place(self, unit: Unit, settings: GroupSettings) -> Unit:
-        """The unit, its blocks moved to where the parameters are, should the model have been moved since."""
-        if unit.anchor is None or self.layout.device(unit.anchor.tensor) == unit.sharded.device:
-            return unit
-        table = unit.sharded.table
+    def _in_place(self, subgroup: Subgroup, settings: GroupSettings) -> Subgroup:
+        """The subgroup, its blocks moved to where the parameters are, should the model have been moved since."""
+        if subgroup.anchor is None or self.layout.device(subgroup.anchor.tensor) == subgroup.sharded.device:
+            return subgroup
+        table = subgroup.sharded.table
         trained = {fragment.parameter for fragment in table.partition.fragments}
-        device = self._device([p for p in self.logical[unit.index] if p.name in trained])
+        device = self._device([p for p in self.logical[subgroup.index] if p.name in trained])
         moved = self._sharded(table, settings, device)
-        moved.take_over(unit.sharded, settings)
-        self._loads[moved] = self._loads.pop(unit.sharded)
-        return replace(unit, sharded=moved)
+        moved.take_over(subgroup.sharded, settings)
+        self._loads[moved] = self._loads.pop(subgroup.sharded)
+        return replace(subgroup, sharded=moved)
 
-    def place(self) -> None:
-        """Gives the blocks of new param groups their places: in the model's order, whatever group they are in.
+    def give_turns(self) -> None:
+        """Gives the blocks of new param groups their turns: in the model's order, whatever group they are in.
 
         Groups of different schedules have rounds of their own.
         """
-        if self._placed_groups == len(self.logical):
+        if self._groups_with_turns == len(self.logical):
             return
         members: dict[RootSchedule, list[tuple[int, list[Block]]]] = {}
-        for index in range(self._placed_groups, len(self.logical)):
+        for index in range(self._groups_with_turns, len(self.logical)):
             settings = self._schedules[index]
             members.setdefault(RootSchedule.of(settings), []).extend(
-                (self._order.get(id(parameter.tensor), len(self._order)), cut_all([parameter], settings))
+                (self._model_order.get(id(parameter.tensor), len(self._model_order)), cut_all([parameter], settings))
                 for parameter in self.logical[index]
             )
         mine: dict[Hashable, list[Block]] = {
@@ -307,5 +316,5 @@ class Units:
             for schedule, parameters in members.items()
         }
         for blocks in self.layout.everyones(mine).values():
-            self.places.update(zip(blocks, stagger(blocks, len(self.places)), strict=True))
-        self._placed_groups = len(self.logical)
+            self.turns.update(zip(blocks, turns_of(blocks, len(self.turns)), strict=True))
+        self._groups_with_turns = len(self.logical)
