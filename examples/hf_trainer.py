@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with Shampoo, which DeepSpeed's JSON names.
 
-    deepspeed --num_gpus 2 examples/hf_trainer.py --deepspeed examples/zero2.json
+deepspeed --num_gpus 2 examples/hf_trainer.py --deepspeed examples/zero2.json
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from text import DEFAULT, VOCABULARY, train_and_validation
+from text import VOCABULARY, train_and_validation
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import ds_shampoo  # noqa: F401  DeepSpeed knows "type": "Shampoo" from here on
@@ -20,7 +20,7 @@ CONTEXT = 64
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed", default=str(Path(__file__).with_name("zero2.json")), help="DeepSpeed's JSON")
-    parser.add_argument("--text", type=Path, default=DEFAULT, help="a text file")
+    parser.add_argument("--text", type=Path, help="a text file; Python's language reference without it")
     parser.add_argument("--output", default="runs/hf_trainer", help="a folder for checkpoints")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")

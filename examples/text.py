@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-
-# 0.7 MB of English that comes with Python: its language reference.
-DEFAULT = Path(pydoc_data.topics.__file__)
 
 VOCABULARY = 256
 
@@ -30,8 +27,13 @@ class Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": window, "labels": window}
 
 
-def train_and_validation(path: Path, context: int) -> tuple[Windows, Windows]:
-    """The windows of a text file; the last fiftieth of it is held out."""
-    text = path.read_bytes()
+def read(path: Path | None) -> str:
+    """A text file, or 0.7 MB of English that come with Python: its language reference."""
+    return path.read_text("utf-8") if path else "\n\n".join(topics.values())
+
+
+def train_and_validation(path: Path | None, context: int) -> tuple[Windows, Windows]:
+    """The windows of a text; the last fiftieth of it is held out."""
+    text = read(path).encode()
     cut = len(text) - len(text) // 50
     return Windows(text[:cut], context), Windows(text[cut:], context)

@@ -22,6 +22,7 @@ from ds_shampoo.frameworks.deepspeed.section import (
     config_of,
     names_shampoo,
     say_what_does_not_hold,
+    say_whose_betas,
 )
 from ds_shampoo.optimizer import Shampoo
 
@@ -66,6 +67,7 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     _log_to_stdout()
     check_config(config_of(engine))
     say_what_does_not_hold(config_of(engine))
+    say_whose_betas(settings)
     refuse_unsupported(engine)
     if hasattr(engine.mpu, "shampoo_prepare"):
         engine.mpu.shampoo_prepare(engine.module)
