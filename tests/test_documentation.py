@@ -15,7 +15,7 @@ from ds_shampoo import Shampoo, ShampooConfig
 from ds_shampoo.config import GroupSettings
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FIELDS = ShampooConfig.model_fields
 
 

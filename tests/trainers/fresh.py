@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import logging
 import os
@@ -11,6 +12,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -45,6 +47,15 @@ def listening() -> Iterator[list[logging.LogRecord]]:
         yield heard
     finally:
         logger.removeHandler(handler)
+
+
+def from_example(module: str, name: str) -> Any:
+    """Something that one of `examples/` defines."""
+    sys.path.append(str(EXAMPLES))
+    try:
+        return getattr(importlib.import_module(module), name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
 
 
 def example(name: str, *arguments: str) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,33 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from tests.distributed.jobs import flat
 from tests.trainers.fresh import fresh, listening
 from tests.trainers.models import CONTEXT, byte_tokenizer, gpt2, llama, paragraphs, windows
-
-STEPS = 8
-SAVE_AT = 4
-ACCUMULATION = 2
-
-
-@dataclass
-class Outcome:
-    """What a job left on this rank.
-
-    Attributes:
-        weights: after each step, all parameters flat.
-        end: the same when `train` has returned.
-        losses: those that the trainer logged, step by step.
-        held_out: those of its evaluations.
-        metrics: the optimizer's.
-        groups: its param groups, without parameters.
-        warnings: what ds_shampoo warned of.
-    """
-
-    weights: dict[int, np.ndarray]
-    end: np.ndarray
-    losses: list[float]
-    held_out: list[float]
-    metrics: dict[str, float]
-    groups: list[dict[str, Any]]
-    warnings: list[str] = field(default_factory=list)
+from tests.trainers.outcome import ACCUMULATION, SAVE_AT, STEPS, Outcome
 
 
 class Watch(TrainerCallback):
@@ -97,13 +68,7 @@ def trainer_of(library: str, arguments: TrainingArguments, **options: Any) -> Tr
     return Trainer(model, arguments, train_dataset=train, eval_dataset=validation, **options)
 
 
-def by_trainer(
-    library: str,
-    folder: str,
-    resume: str | None = None,
-    options: Callable[[Trainer], dict[str, Any]] | None = None,
-    **changed: Any,
-) -> Outcome:
+def by_trainer(library: str, folder: str, resume: str | None = None, **changed: Any) -> Outcome:
     """Trains from the beginning, or from the checkpoint that `resume` names.
 
     Args:
@@ -114,17 +79,17 @@ def by_trainer(
         changed = {"max_length": CONTEXT, "bf16": False, **changed}
     with fresh(), listening() as heard:
         trainer = trainer_of(library, arguments_of(kind, folder, **changed))
-        watch = Watch()
+        watch, found = Watch(), Outcome()
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=resume)
-        optimizer = getattr(trainer.model_wrapped, "basic_optimizer", None) or trainer.optimizer.optimizer
         history = trainer.state.log_history
-        return Outcome(
-            watch.weights,
-            flat(trainer.model),
-            [entry["loss"] for entry in history if "loss" in entry],
-            [entry["eval_loss"] for entry in history if "eval_loss" in entry],
-            optimizer.metrics(),
-            [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
-            [record.getMessage() for record in heard if record.levelno >= logging.WARNING],
-        )
+        found.weights, found.end = watch.weights, flat(trainer.model)
+        found.losses = [entry["loss"] for entry in history if "loss" in entry]
+        found.held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        found.note(shampoo_of(trainer), heard)
+        return found
+
+
+def shampoo_of(trainer: Trainer) -> Any:
+    """The optimizer that a trainer has wrapped."""
+    return getattr(trainer.model_wrapped, "basic_optimizer", None) or trainer.optimizer.optimizer

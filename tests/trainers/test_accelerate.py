@@ -1,0 +1,31 @@
+"""Accelerate's own loop, at two ranks, by DeepSpeed's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pool import WorkerError, WorkerPool
+from tests.trainers import accelerate_jobs
+from tests.trainers.models import deepspeed_json
+from tests.trainers.outcome import check
+
+Pools = Callable[[int], WorkerPool]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_it_trains_and_resumes(pools: Pools, tmp_path: Path, stage: int) -> None:
+    config, folder = deepspeed_json(stage), str(tmp_path)
+    whole = pools(2).run(accelerate_jobs.by_accelerate, config, folder)
+    check(whole, pools(2).run(accelerate_jobs.by_accelerate, config, folder, resume=True))
+    for one in whole:
+        assert one.layout == {2: "FlatLayout", 3: "SubGroupLayout"}[stage]
+        assert one.groups[0]["lr"] == 4e-3 / 9
+        assert one.groups[0]["weight_decay"] == 0.02
+
+
+def test_an_auto_that_accelerate_does_not_fill_in(pools: Pools, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"Shampoo setting 'betas' = \"auto\": nobody has filled it in"):
+        pools(2).run(accelerate_jobs.by_accelerate, deepspeed_json(2, betas="auto"), str(tmp_path))
