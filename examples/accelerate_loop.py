@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import DummyOptim, set_seed
-from text import VOCABULARY, train_and_validation
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_shampoo  # noqa: F401  DeepSpeed knows "type": "Shampoo" from here on
+from text import VOCABULARY, train_and_validation
 
 CONTEXT = 64
 

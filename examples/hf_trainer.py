@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from text import VOCABULARY, train_and_validation
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import ds_shampoo  # noqa: F401  DeepSpeed knows "type": "Shampoo" from here on
+from text import VOCABULARY, train_and_validation
 
 CONTEXT = 64
 

@@ -12,12 +12,12 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from text import VOCABULARY, train_and_validation
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import ds_shampoo  # noqa: F401  DeepSpeed knows "type": "Shampoo" from here on
+from text import VOCABULARY, train_and_validation
 
 CONTEXT = 64
 

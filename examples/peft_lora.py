@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from text import VOCABULARY, train_and_validation
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import ds_shampoo  # noqa: F401  DeepSpeed knows "type": "Shampoo" from here on
+from text import VOCABULARY, train_and_validation
 
 CONTEXT = 64
 

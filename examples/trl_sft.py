@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from text import read
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import ds_shampoo  # noqa: F401  DeepSpeed knows "type": "Shampoo" from here on
+from text import read
 
 CONTEXT = 64
 

@@ -10,7 +10,7 @@ import logging
 import os
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ def fresh() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         gc.collect()
+
+
+def refusal(job: Callable[..., Any], *arguments: Any, **named: Any) -> str:
+    """The message with which a job is refused; empty if it is not."""
+    try:
+        job(*arguments, **named)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @contextlib.contextmanager

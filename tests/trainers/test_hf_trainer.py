@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.pool import WorkerPool
 from tests.trainers import hf_jobs
+from tests.trainers.fresh import refusal
 from tests.trainers.models import deepspeed_json
 from tests.trainers.outcome import SAVE_AT, check
 
@@ -31,3 +32,37 @@ def test_it_trains_and_resumes(pools: Pools, tmp_path: Path, library: str, stage
         assert np.array_equal(one.end, one.weights[SAVE_AT])
         assert one.layout == {2: "FlatLayout", 3: "SubGroupLayout"}[stage]
         assert (one.groups[0]["betas"], one.groups[0]["weight_decay"]) == ((0.95, 0.95), 0.02)
+
+
+ONE_STEP = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+
+
+def test_betas_by_auto_are_adams(pools: Pools, tmp_path: Path) -> None:
+    """With a warning on the first rank."""
+    config = deepspeed_json(2, betas="auto", eps="auto")
+    first, other = pools(2).run(hf_jobs.by_trainer, "transformers", str(tmp_path), deepspeed=config, **ONE_STEP)
+    assert [tuple(one.groups[0]["betas"]) for one in (first, other)] == [(0.9, 0.999)] * 2
+    assert [message for message in first.warnings if message.startswith("betas = [0.9, 0.999] are Adam's")]
+    assert not [message for message in other.warnings if "betas" in message]
+
+
+def test_betas_by_auto_can_be_ours(pools: Pools, tmp_path: Path) -> None:
+    config, betas = deepspeed_json(2, betas="auto"), {"adam_beta1": 0.95, "adam_beta2": 0.95}
+    job = hf_jobs.by_trainer
+    for one in pools(2).run(job, "transformers", str(tmp_path), deepspeed=config, **betas, **ONE_STEP):
+        assert tuple(one.groups[0]["betas"]) == (0.95, 0.95)
+        assert not [message for message in one.warnings if "betas" in message]
+
+
+def test_what_trainer_and_shampoo_refuse(pools: Pools, tmp_path: Path) -> None:
+    """Betas in the JSON that Trainer's arguments do not repeat; and an "auto" that it does not know."""
+
+    def message(**settings: object) -> str:
+        config, folder = deepspeed_json(2, **settings), str(tmp_path)
+        messages = pools(2).run(refusal, hf_jobs.by_trainer, "transformers", folder, deepspeed=config, **ONE_STEP)
+        return str(messages[0])
+
+    assert "ds optimizer.params.betas=[0.95, 0.95] vs hf adam_beta1+adam_beta2=[0.9, 0.999]" in message(
+        betas=[0.95, 0.95]
+    )
+    assert message(block_size="auto").startswith("Shampoo setting 'block_size' = \"auto\": nobody has filled it in")
