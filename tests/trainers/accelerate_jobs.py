@@ -11,25 +11,37 @@ from accelerate.utils import DummyOptim, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from ds_shampoo import Shampoo
 from tests.distributed.jobs import flat
 from tests.trainers.fresh import fresh, listening
-from tests.trainers.models import llama, windows
+from tests.trainers.models import SHAMPOO, llama, windows
 from tests.trainers.outcome import ACCUMULATION, SAVE_AT, STEPS, Outcome
 
 
-def by_accelerate(config: dict[str, Any], folder: str, resume: bool = False) -> Outcome:
-    """Trains from the beginning and saves half-way, or goes on from there."""
+def by_accelerate(config: dict[str, Any] | None, folder: str, resume: bool = False) -> Outcome:
+    """Trains from the beginning and saves half-way, or goes on from there.
+
+    Args:
+        config: DeepSpeed's; where it names no optimizer, `prepare` is given a Shampoo. Without a config there is no
+            DeepSpeed, and the model is wrapped first.
+    """
     with fresh(), listening() as heard:
         set_seed(0)
         PartialState(cpu=True)
-        plugin = DeepSpeedPlugin(hf_ds_config=config, gradient_accumulation_steps=ACCUMULATION, gradient_clipping=1.0)
-        accelerator = Accelerator(deepspeed_plugin=plugin)
+        accelerator = _accelerator(config)
         model, found = llama(), Outcome()
-        optimizer: Any = DummyOptim(model.parameters(), lr=4e-3, weight_decay=0.02)
+        if config is None:
+            model = accelerator.prepare(model)
+        if config is not None and "optimizer" in config:
+            optimizer: Any = DummyOptim(model.parameters(), lr=4e-3, weight_decay=0.02)
+        else:
+            optimizer = Shampoo(model.parameters(), model=model, lr=4e-3, weight_decay=0.02, **SHAMPOO)
         train, validation = windows()
-        model, optimizer, batches, held_out = accelerator.prepare(
-            model, optimizer, DataLoader(train, batch_size=2, shuffle=True), DataLoader(validation, batch_size=2)
-        )
+        loaders = DataLoader(train, batch_size=2, shuffle=True), DataLoader(validation, batch_size=2)
+        if config is None:
+            optimizer, batches, held_out = accelerator.prepare(optimizer, *loaders)
+        else:
+            model, optimizer, batches, held_out = accelerator.prepare(model, optimizer, *loaders)
         schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
         accelerator.register_for_checkpointing(schedule)
         if resume:
@@ -45,8 +57,15 @@ def by_accelerate(config: dict[str, Any], folder: str, resume: bool = False) -> 
                     accelerator.save_state(folder)
                 if schedule.last_epoch == STEPS:
                     break
-        found.note(model.basic_optimizer, heard)
+        found.note(optimizer.optimizer if config is None else model.basic_optimizer, heard)
         return found
+
+
+def _accelerator(config: dict[str, Any] | None) -> Accelerator:
+    if config is None:
+        return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
+    plugin = DeepSpeedPlugin(hf_ds_config=config, gradient_accumulation_steps=ACCUMULATION, gradient_clipping=1.0)
+    return Accelerator(deepspeed_plugin=plugin)
 
 
 def _steps(accelerator: Accelerator, model: Any, optimizer: Any, batches: Any) -> Iterator[float]:

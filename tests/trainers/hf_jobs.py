@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,10 +11,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+import ds_shampoo
+from ds_shampoo import Shampoo
 from tests.distributed.jobs import flat
 from tests.trainers.fresh import fresh, listening
-from tests.trainers.models import CONTEXT, byte_tokenizer, gpt2, llama, paragraphs, windows
+from tests.trainers.models import CONTEXT, SHAMPOO, byte_tokenizer, gpt2, llama, paragraphs, windows
 from tests.trainers.outcome import ACCUMULATION, SAVE_AT, STEPS, Outcome
+
+Given = Literal["by the JSON", "factory", "object"]
 
 
 class Watch(TrainerCallback):
@@ -52,8 +56,8 @@ def arguments_of(kind: type[TrainingArguments], folder: str, **changed: Any) -> 
     )
 
 
-def trainer_of(library: str, arguments: TrainingArguments, **options: Any) -> Trainer:
-    """The same small job by one of the three."""
+def trainer_of(library: str, arguments: TrainingArguments, given: Given) -> Trainer:
+    """The same small job by one of the three libraries, its optimizer given in one of the ways."""
     torch.manual_seed(0)
     train, validation = windows()
     if library == "trl":
@@ -62,23 +66,31 @@ def trainer_of(library: str, arguments: TrainingArguments, **options: Any) -> Tr
         return SFTTrainer(
             llama(len(tokenizer)), arguments, train_dataset=texts, eval_dataset=held_out, processing_class=tokenizer
         )
-    model = (
-        gpt2() if library == "transformers" else get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))
-    )
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    model = gpt2() if library == "transformers" else get_peft_model(llama(), lora)
+    options: dict[str, Any] = {}
+    if given == "factory":
+        options["optimizer_cls_and_kwargs"] = ds_shampoo.for_trainer(model, lr=4e-3, **SHAMPOO)
+    if given == "object":
+        optimizer = Shampoo(model.parameters(), model=model, lr=4e-3, weight_decay=0.02, **SHAMPOO)
+        options["optimizers"] = (optimizer, None)
     return Trainer(model, arguments, train_dataset=train, eval_dataset=validation, **options)
 
 
-def by_trainer(library: str, folder: str, resume: str | None = None, **changed: Any) -> Outcome:
+def by_trainer(
+    library: str, folder: str, resume: str | None = None, given: Given = "by the JSON", **changed: Any
+) -> Outcome:
     """Trains from the beginning, or from the checkpoint that `resume` names.
 
     Args:
+        given: how Trainer gets its optimizer.
         changed: what differs from `arguments_of`.
     """
     kind = SFTConfig if library == "trl" else TrainingArguments
     if library == "trl":
         changed = {"max_length": CONTEXT, "bf16": False, **changed}
     with fresh(), listening() as heard:
-        trainer = trainer_of(library, arguments_of(kind, folder, **changed))
+        trainer = trainer_of(library, arguments_of(kind, folder, **changed), given)
         watch, found = Watch(), Outcome()
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=resume)
@@ -86,10 +98,10 @@ def by_trainer(library: str, folder: str, resume: str | None = None, **changed: 
         found.weights, found.end = watch.weights, flat(trainer.model)
         found.losses = [entry["loss"] for entry in history if "loss" in entry]
         found.held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-        found.note(shampoo_of(trainer), heard)
+        found.note(optimizer_of(trainer), heard)
         return found
 
 
-def shampoo_of(trainer: Trainer) -> Any:
+def optimizer_of(trainer: Trainer) -> Any:
     """The optimizer that a trainer has wrapped."""
     return getattr(trainer.model_wrapped, "basic_optimizer", None) or trainer.optimizer.optimizer

@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from ds_shampoo import Shampoo
 from tests.distributed.jobs import flat
 from tests.trainers.fresh import fresh, from_example, listening
-from tests.trainers.models import gpt2, windows
+from tests.trainers.models import SHAMPOO, gpt2, windows
 from tests.trainers.outcome import ACCUMULATION, SAVE_AT, STEPS, Outcome
 
 
 class Small(lightning.LightningModule):
-    """A tiny GPT-2, optimized by what DeepSpeed's JSON names."""
+    """A tiny GPT-2, optimized by what DeepSpeed's JSON names, or by a Shampoo of its own."""
 
-    def __init__(self, found: Outcome) -> None:
+    def __init__(self, found: Outcome, by_json: bool) -> None:
         super().__init__()
-        self.gpt, self.found = gpt2(), found
+        self.gpt, self.found, self.by_json = gpt2(), found, by_json
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         loss: Tensor = self.gpt(**batch).loss
@@ -32,7 +35,10 @@ class Small(lightning.LightningModule):
         self.found.held_out.append(self.gpt(**batch).loss.item())
 
     def configure_optimizers(self) -> Any:
-        return None
+        if self.by_json:
+            return None
+        wrapped = self.trainer.strategy.model  # under DDP, the DistributedDataParallel: ranks share the work then
+        return Shampoo(self.parameters(), model=wrapped, lr=4e-3, weight_decay=0.02, **SHAMPOO)
 
 
 class Watch(Callback):
@@ -42,14 +48,21 @@ class Watch(Callback):
         pl_module.found.weights[trainer.global_step] = flat(pl_module.gpt)
 
 
-def by_lightning(config: dict[str, Any], folder: str, resume: bool = False) -> Outcome:
-    """Trains from the beginning and saves half-way, or goes on from there."""
+def by_lightning(config: dict[str, Any] | None, folder: str, resume: bool = False) -> Outcome:
+    """Trains from the beginning and saves half-way, or goes on from there.
+
+    Args:
+        config: DeepSpeed's; where it names no optimizer the module makes a Shampoo. Without a config there is no
+            DeepSpeed, but DDP, or a single process.
+    """
+    ranks = dist.get_world_size()
     with fresh(), listening() as heard:
         lightning.seed_everything(0, verbose=False)
         found = Outcome()
         trainer = lightning.Trainer(
-            strategy=from_example("lightning_fit", "OnCPU")(config=config),
-            devices=2,
+            accelerator="cpu",
+            strategy=_strategy(config, ranks),
+            devices=ranks,
             max_steps=STEPS,
             accumulate_grad_batches=ACCUMULATION,
             gradient_clip_val=1.0,
@@ -63,12 +76,19 @@ def by_lightning(config: dict[str, Any], folder: str, resume: bool = False) -> O
             enable_model_summary=False,
         )
         train, validation = windows()
-        epoch = Subset(train, range(2 * 2 * ACCUMULATION * SAVE_AT))  # Lightning goes on where an epoch begins
+        epoch = Subset(train, range(2 * ranks * ACCUMULATION * SAVE_AT))  # Lightning goes on where an epoch begins
         trainer.fit(
-            Small(found),
+            Small(found, by_json="optimizer" in (config or {})),
             DataLoader(epoch, batch_size=2),
             DataLoader(validation, batch_size=2),
             ckpt_path=str(Path(folder) / f"step={SAVE_AT}.ckpt") if resume else None,
         )
-        found.note(trainer.strategy.deepspeed_engine.basic_optimizer, heard)
+        made = trainer.optimizers[0] if config is None else trainer.strategy.deepspeed_engine.basic_optimizer
+        found.note(made, heard)
         return found
+
+
+def _strategy(config: dict[str, Any] | None, ranks: int) -> Any:
+    if config is not None:
+        return from_example("lightning_fit", "OnCPU")(config=config)
+    return DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"

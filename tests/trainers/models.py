@@ -17,14 +17,17 @@ WIDTH = 32
 SHAMPOO = {"block_size": 24, "root_interval": 2, "matrix_epsilon": 1e-3}
 
 
-def deepspeed_json(stage: int, **settings: Any) -> dict[str, Any]:
-    """A DeepSpeed config with "auto" where Hugging Face's trainers fill in."""
-    return {
+def deepspeed_json(stage: int, named: bool = True, **settings: Any) -> dict[str, Any]:
+    """A DeepSpeed config with "auto" where Hugging Face's trainers fill in.
+
+    Args:
+        named: whether it names Shampoo, with these settings and those above.
+    """
+    config = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "train_batch_size": "auto",
         "gradient_clipping": "auto",
-        "optimizer": {"type": "Shampoo", "params": {"lr": "auto", "weight_decay": "auto", **SHAMPOO, **settings}},
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": "auto",
@@ -33,6 +36,10 @@ def deepspeed_json(stage: int, **settings: Any) -> dict[str, Any]:
         },
         "zero_allow_untested_optimizer": True,
     }
+    if named:
+        params = {"lr": "auto", "weight_decay": "auto", **SHAMPOO, **settings}
+        config["optimizer"] = {"type": "Shampoo", "params": params}
+    return config
 
 
 def gpt2() -> GPT2LMHeadModel:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch.optim import Optimizer
 
 from ds_shampoo import Shampoo
 
@@ -27,7 +28,8 @@ class Outcome:
         end: the parameters when the trainer has returned.
         metrics: the optimizer's.
         groups: its param groups, without parameters.
-        layout: the name of its layout's class.
+        optimizer: the name of the optimizer's class.
+        layout: that of its layout's class.
         warnings: what ds_shampoo warned of.
     """
 
@@ -37,12 +39,15 @@ class Outcome:
     end: np.ndarray = field(default_factory=lambda: np.empty(0))
     metrics: dict[str, float] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
+    optimizer: str = ""
     layout: str = ""
     warnings: list[str] = field(default_factory=list)
 
-    def note(self, optimizer: Shampoo, heard: Sequence[logging.LogRecord]) -> None:
-        """What the optimizer has to say at the end."""
-        self.metrics, self.layout = optimizer.metrics(), type(optimizer.layout).__name__
+    def note(self, optimizer: Optimizer, heard: Sequence[logging.LogRecord]) -> None:
+        """What the optimizer has to say at the end, if it is Shampoo."""
+        if isinstance(optimizer, Shampoo):
+            self.metrics, self.layout = optimizer.metrics(), type(optimizer.layout).__name__
+        self.optimizer = type(optimizer).__name__
         self.groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         self.warnings = [record.getMessage() for record in heard if record.levelno >= logging.WARNING]
 
@@ -59,6 +64,6 @@ def check(whole: Sequence[Outcome], resumed: Sequence[Outcome]) -> None:
         assert all(np.array_equal(one.weights[step], whole[0].weights[step]) for step in one.weights)
         assert not np.array_equal(one.weights[1], one.weights[2])
         assert other.losses == one.losses[-len(other.losses) :]
-        for outcome in (one, other):
-            assert outcome.metrics["preconditioned_blocks"] == outcome.metrics["owned_blocks"] > 0
-            assert outcome.metrics["root_updates"] > 0
+        assert one.metrics["preconditioned_blocks"] > 0
+        assert other.metrics["preconditioned_blocks"] == other.metrics["owned_blocks"] > 0
+        assert min(one.metrics["root_updates"], other.metrics["root_updates"]) > 0

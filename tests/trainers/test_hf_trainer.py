@@ -66,3 +66,36 @@ def test_what_trainer_and_shampoo_refuse(pools: Pools, tmp_path: Path) -> None:
         betas=[0.95, 0.95]
     )
     assert message(block_size="auto").startswith("Shampoo setting 'block_size' = \"auto\": nobody has filled it in")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_factory_under_deepspeed(pools: Pools, tmp_path: Path, stage: int) -> None:
+    """The JSON names no optimizer: Trainer makes one, with param groups of its own."""
+    job, folder = hf_jobs.by_trainer, str(tmp_path)
+    options = {"given": "factory", "deepspeed": deepspeed_json(stage, named=False)}
+    whole = pools(2).run(job, "transformers", folder, **options)
+    check(whole, pools(2).run(job, "transformers", folder, str(tmp_path / f"checkpoint-{SAVE_AT}"), **options))
+    for one in whole:
+        assert one.layout == {2: "FlatLayout", 3: "SubGroupLayout"}[stage]
+        assert [group["weight_decay"] for group in one.groups] == [0.02, 0.0]
+
+
+@pytest.mark.parametrize("given", ["factory", "object"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_without_deepspeed(pools: Pools, tmp_path: Path, ranks: int, given: str) -> None:
+    """In one process, and under DDP."""
+    job, folder = hf_jobs.by_trainer, str(tmp_path)
+    whole = pools(ranks).run(job, "transformers", folder, given=given)
+    checkpoint = str(tmp_path / f"checkpoint-{SAVE_AT}")
+    check(whole, pools(ranks).run(job, "transformers", folder, checkpoint, given=given))
+    for one in whole:
+        assert one.optimizer == {"factory": "TrainerShampoo", "object": "Shampoo"}[given]
+        assert [group["weight_decay"] for group in one.groups] == {"factory": [0.02, 0.0], "object": [0.02]}[given]
+
+
+def test_an_object_beside_deepspeed_trains_nothing(pools: Pools, tmp_path: Path) -> None:
+    """Trainer drops it for AdamW, and one hears of it."""
+    options = {"given": "object", "deepspeed": deepspeed_json(2, named=False), **ONE_STEP}
+    first, other = pools(2).run(hf_jobs.by_trainer, "transformers", str(tmp_path), **options)
+    assert (first.optimizer, other.optimizer) == ("AdamW", "AdamW")
+    assert [message for message in first.warnings if "trains with AdamW: the object trains nothing" in message]
