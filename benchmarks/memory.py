@@ -124,10 +124,10 @@ def bytes_of_a_rank(settings: dict[str, Any], stage: int) -> RankResult:
         engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
         peaks.clear()
         engine.step()
-    units = optimizer.subgroups()
-    stacks = [stack for unit in units for stack in unit.sharded.stacks]
+    subgroups = optimizer.subgroups()
+    stacks = [stack for subgroup in subgroups for stack in subgroup.sharded.stacks]
     return RankResult(
-        moments=storage_bytes(state[key] for unit in units for state in unit.states for key in _MOMENTS),
+        moments=storage_bytes(state[key] for subgroup in subgroups for state in subgroup.states for key in _MOMENTS),
         preconditioner=storage_bytes(tensor for stack in stacks for tensor in [*stack.factors, *stack.roots]),
         workspace=optimizer.workspace_bytes,
         host=int(optimizer.metrics()["snapshot_bytes"]),

@@ -16,18 +16,18 @@ from ds_shampoo.config import (
     Dtype,
     Grafting,
     GroupSettings,
-    SettingsError,
     ShampooConfig,
     check_delay,
     parse,
     parse_group,
 )
-from ds_shampoo.parameters import wrappers
 from ds_shampoo.parameters.reading import Parameters
+from ds_shampoo.parameters.unbound import Unbound, waits_to_be_bound
 from ds_shampoo.report.announcement import Announcement
 from ds_shampoo.report.metrics import collect
-from ds_shampoo.sharding.partition import Layout, WholeLayout
+from ds_shampoo.sharding.layout import Layout, WholeLayout
 from ds_shampoo.state import resuming
+from ds_shampoo.state.anew import read_anew
 from ds_shampoo.state.group_records import GroupRecords
 from ds_shampoo.state.shown import ShownBlocks, with_blocks
 from ds_shampoo.step.elementwise import new_state
@@ -39,6 +39,9 @@ from ds_shampoo.step.transaction import Transaction
 logger = logging.getLogger("ds_shampoo")
 
 NamedParameters = Iterable[tuple[str, Tensor]]
+
+# Those that are there and that no framework has laid out.
+unbound: Unbound[Shampoo] = Unbound()
 
 
 class Shampoo(Optimizer):
@@ -140,29 +143,70 @@ class Shampoo(Optimizer):
         settings = {key: value for key, value in locals().items() if key in ShampooConfig.model_fields}
         config = parse({**settings, **unknown})
         self._config = config
-        self.layout = layout if layout is not None else WholeLayout()
-        self._parameters = Parameters(model, self.layout, config)
-        self._subgroups = Subgroups(config, self.layout, self._parameters.model_order)
-        self._records = GroupRecords(config, self._subgroups)
-        self._announcement = Announcement(self._subgroups, by_name_only=not self._parameters.have_names)
-        self._transaction = Transaction()
-        self._shown = ShownBlocks()
-        self._rounds = Rounds(self._subgroups)
-        # Whether the state that was loaded last was saved by Shampoo.
-        self.took_up_shampoo = False
+        self._given_names: dict[int, str] = {}  # by the parameter's id
+        parameters = Parameters(model, layout or WholeLayout(), config)
+        subgroups = Subgroups(config, parameters.layout, parameters.model_order)
+        self._use(parameters, subgroups, GroupRecords(config, subgroups), alone=layout is None)
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
         if layout is None:
-            wrappers.warn_of_repeated_work(model)
+            unbound.add(self)
+        if layout is None and waits_to_be_bound():
+            return
+        device = self._take_up()
+        if device.type != "meta" and not self.layout.keeps_blocks_apart:
+            self._all_bound()  # torch's tools look at the state before the first step
+
+    def bind(self, model: nn.Module, layout: Layout) -> None:
+        """Lays the same param groups out anew, as a framework will step them; for frameworks, before the first step.
+
+        Groups, their settings, hooks and schedulers stay, and so do names that were passed with the parameters. All
+        other names are the model's. What fails leaves everything as it was.
+
+        Args:
+            model: the module that the parameters belong to, in place of the one given at construction.
+            layout: as at construction.
+
+        Raises:
+            SettingsError: if it has taken a step or up a state, if other tensors stand in a group than it was made
+                with, and as at construction.
+        """
+        self._transaction.check()
+        parameters = Parameters(model, layout, self._config)
+        subgroups, records = read_anew(
+            self.param_groups,
+            parameters,
+            config=self._config,
+            before=self._subgroups,
+            records=self._records,
+            names=self._given_names,
+        )
+        self._use(parameters, subgroups, records, alone=False)
+        self.state.clear()
+        unbound.discard(self)
+        self._take_up()
+
+    def _use(self, parameters: Parameters, subgroups: Subgroups, records: GroupRecords, alone: bool) -> None:
+        """Begins with what was read of the parameters; `alone` where no framework lays them out."""
+        self.layout, self._parameters = parameters.layout, parameters
+        self._subgroups, self._records = subgroups, records
+        self._announcement = Announcement(subgroups, parameters, alone)
+        self._transaction = Transaction()
+        self._shown = ShownBlocks()
+        self._rounds = Rounds(subgroups)
+        # Whether the state that was loaded last was saved by Shampoo.
+        self.took_up_shampoo = False
+
+    def _take_up(self) -> torch.device:
+        """What is done once the first param groups are there; returns the device that their blocks are on."""
         self._parameters.check_patterns(self._subgroups.logical)
+        self._subgroups.give_turns()
         members = [parameter for group in self._subgroups.logical for parameter in group]
         first = max(members, key=lambda parameter: parameter.tensor.requires_grad, default=None)
         device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
-        self._subgroups.give_turns()
         if device.type != "meta":
             self._subgroups.workplace(device)
-            if not self.layout.keeps_blocks_apart:  # torch's tools look at the state before the first step
-                self.prepare()
+        return device
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
@@ -174,17 +218,12 @@ class Shampoo(Optimizer):
         check_delay(settings, self._config.root_delay)
         params = param_group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
-        before, excluded = sum(map(len, self._subgroups.logical)), not param_group.get("preconditioned", True)
-        logical = [self._parameters.logical(member, excluded, before + n) for n, member in enumerate(members)]
-        taken = {parameter.name for group in self._subgroups.logical for parameter in group}
-        for parameter in logical:
-            if parameter.name in taken:
-                raise SettingsError(f"parameter name '{parameter.name}' is used twice")
-            taken.add(parameter.name)
+        logical = self._parameters.group(members, param_group, self._subgroups.logical)
         own = {**param_group, **settings.model_dump(), "group_index": len(self._subgroups.logical)}
         super().add_param_group({**own, "params": [parameter.tensor for parameter in logical]})
         self._records.add(own)
         self._subgroups.add(logical, settings)
+        self._given_names.update({id(member[1]): member[0] for member in members if isinstance(member, tuple)})
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads and schedules, which it would trace anew each step
     @torch.no_grad()
@@ -226,9 +265,10 @@ class Shampoo(Optimizer):
     def prepare(self) -> None:
         """Builds blocks, owners and state of all groups now rather than at the first step.
 
-        To be called while all groups are in place; it is what `describe` and `load_state_dict` do first.
+        To be called while all groups are in place; it is what `describe` does first.
         """
         self._all_bound()
+        self._announcement.make(self.param_groups)
 
     def describe(self) -> str:
         """A table of what is preconditioned, by which blocks, on which ranks, with bytes; and what is not, and why."""
@@ -270,7 +310,7 @@ class Shampoo(Optimizer):
         """
         self._transaction.check()
         if not self.layout.keeps_blocks_apart:
-            self.prepare()
+            self._all_bound()
         handle = self.register_state_dict_post_hook(self._completed, prepend=True)
         try:
             return super().state_dict()
@@ -370,10 +410,9 @@ class Shampoo(Optimizer):
         return dict(enumerate(self._subgroups.groups))
 
     def _all_bound(self) -> list[BoundSubgroup]:
+        self._parameters.check_patterns(self._subgroups.logical)
         stand_ins = self._subgroups.stand_ins(self.param_groups)
-        bound = [subgroup for group, tensors in stand_ins for subgroup in self._bound(group, tensors)]
-        self._announcement.make(self.param_groups)
-        return bound
+        return [subgroup for group, tensors in stand_ins for subgroup in self._bound(group, tensors)]
 
     def _bound(self, group: Mapping[str, Any], stand_ins: Sequence[Tensor]) -> Iterator[BoundSubgroup]:
         """A group's subgroups, or those of the part of it that `stand_ins` stands for; what is missing is built."""
@@ -397,6 +436,7 @@ class Shampoo(Optimizer):
                     settings = self._records.last(each.index)
                     if settings is not None:
                         each.sharded.wait_for_roots(settings)
+            self._parameters.check_patterns(self._subgroups.logical)
             taking_part = [group for group in self.param_groups if self._subgroups.takes_part(group)]
             bound = [subgroup for group in taking_part for subgroup in self._bound(group, group["params"])]
             self._announcement.make(self.param_groups)

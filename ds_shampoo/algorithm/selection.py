@@ -78,9 +78,28 @@ class Kind:
 _Members: TypeAlias = Sequence[tuple[str, Tensor]]
 
 
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """A parameter's shape, also where ZeRO-3 has taken its elements away and left the shape in `ds_shape`."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def _own_shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(parameter.shape)
+
+
+def _unmarked(_: Tensor) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How to read from a parameter what a framework did to it, or wrote on it; the default is a plain tensor's.
+
+    Attributes:
+        shape_of: gives a parameter's full shape, wherever its elements are.
+        marked_as_head: whether someone wrote on a parameter that it is an embedding's or an output head's.
+    """
+
+    shape_of: Callable[[Tensor], tuple[int, ...]] = _own_shape
+    marked_as_head: Callable[[Tensor], bool] = _unmarked
+
+
+PLAIN = Reader()
 
 
 def plain_name(name: str) -> str:
@@ -94,40 +113,40 @@ def plain_name(name: str) -> str:
     return _OLD_PARAMETRIZED.sub(r"\1", _PARAMETRIZED.sub(r"\1", name))
 
 
-def kinds(model: nn.Module) -> dict[int, Kind]:
+def kinds(model: nn.Module, reader: Reader = PLAIN) -> dict[int, Kind]:
     """What every parameter of a model is, by `id(parameter)`.
 
-    Embeddings are known by module type or by Megatron's `is_embedding_or_output_parameter`; heads by
-    `get_output_embeddings()`, by that attribute, or by name; depthwise convolutions by their `groups`. What wraps
+    Embeddings are known by module type or by name; heads by `get_output_embeddings()`, by a mark that the reader
+    knows, or by name; depthwise convolutions by their `groups`. What wraps
     such a module, adapts it or stands for its weight has its role. A head tied to an embedding is an embedding.
     """
     members = list(model.named_parameters(remove_duplicate=False))
-    found = {id(p): name_kind(name, p) for name, p in members}
-    for role, modules in _modules_by_role(model, members):
+    found = {id(p): name_kind(name, p, reader) for name, p in members}
+    for role, modules in _modules_by_role(model, members, reader):
         for name, p in members:
-            if len(full_shape(p)) > 1 and not modules.isdisjoint(_ancestors(plain_name(name))):
+            if len(reader.shape_of(p)) > 1 and not modules.isdisjoint(_ancestors(plain_name(name))):
                 found[id(p)] = replace(found[id(p)], role=role)
     for module_name, module in model.named_modules():
         own = list(module.named_parameters(prefix=module_name, recurse=False))
-        for parameter, batch in _stacked_experts(module_name, module, own):
+        for parameter, batch in _stacked_experts(module_name, module, own, reader):
             found[id(parameter)] = replace(found[id(parameter)], batch=batch)
     return found
 
 
-def roles(model: nn.Module) -> dict[int, Role]:
+def roles(model: nn.Module, reader: Reader = PLAIN) -> dict[int, Role]:
     """The role of every parameter of a model, by `id(parameter)`; see `kinds`."""
-    return {number: kind.role for number, kind in kinds(model).items()}
+    return {number: kind.role for number, kind in kinds(model, reader).items()}
 
 
-def name_kind(name: str, parameter: Tensor) -> Kind:
+def name_kind(name: str, parameter: Tensor, reader: Reader = PLAIN) -> Kind:
     """What a parameter's own attributes and name suggest, where no module is at hand."""
-    shape, lora = full_shape(parameter), _LORA.search(name)
+    shape, lora = reader.shape_of(parameter), _LORA.search(name)
     parts = plain_name(name).split(".")
     held_by = parts[-2] if len(parts) > 1 else ""
     leaf = parts[-1]
     fused = held_by == _EXPERTS and not leaf.isdecimal() and len(shape) > (1 if leaf.endswith("bias") else 2)
     return Kind(
-        _name_role(parts, parameter),
+        _name_role(parts, parameter, reader),
         _VOCABULARY_OF_LORA[lora["factor"]] if lora else 0,
         shape[0] if fused else 1,
     )
@@ -146,22 +165,22 @@ def aliases(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
     return found
 
 
-def _name_role(parts: Sequence[str], parameter: Tensor) -> Role:
+def _name_role(parts: Sequence[str], parameter: Tensor, reader: Reader) -> Role:
     path = [part for part in parts if part != "weight"]
     leaf = path[-1] if path else ""
-    if len(full_shape(parameter)) < 2:
+    if len(reader.shape_of(parameter)) < 2:
         return Role.WEIGHT
     if parts[-1] in _ELEMENTWISE_NAMES:  # not `D.weight`, a layer's
         return Role.ELEMENTWISE
     if leaf in _EMBEDDING_NAMES:
         return Role.EMBEDDING
-    marked = getattr(parameter, "is_embedding_or_output_parameter", False)
-    return Role.HEAD if leaf in _HEAD_NAMES or path == [_TOP_HEAD] or marked else Role.WEIGHT
+    head = leaf in _HEAD_NAMES or path == [_TOP_HEAD] or reader.marked_as_head(parameter)
+    return Role.HEAD if head else Role.WEIGHT
 
 
-def _modules_by_role(model: nn.Module, members: _Members) -> Iterator[tuple[Role, set[str]]]:
+def _modules_by_role(model: nn.Module, members: _Members, reader: Reader) -> Iterator[tuple[Role, set[str]]]:
     """The plain paths of a model's modules that have a role; one that comes later overrules."""
-    yield Role.HEAD, _nested_heads(members)
+    yield Role.HEAD, _nested_heads(members, reader)
     outputs = {id(module.get_output_embeddings()) for module in model.modules() if _may_have_a_head(module)}
     yield Role.HEAD, set(_paths(model, lambda module: id(module) in outputs))
     yield Role.EMBEDDING, set(_paths(model, lambda module: isinstance(module, nn.Embedding | nn.EmbeddingBag)))
@@ -182,23 +201,23 @@ def _is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels
 
 
-def _nested_heads(members: _Members) -> set[str]:
+def _nested_heads(members: _Members, reader: Reader) -> set[str]:
     """The last layer with a matrix of every module that is named as a head."""
     last: dict[str, str] = {}
     for name, parameter in members:
         path = _module_path(plain_name(name))
-        if len(full_shape(parameter)) > 1:
+        if len(reader.shape_of(parameter)) > 1:
             last.update((outer, path) for outer in _ancestors(path) if outer.rpartition(".")[2] in _NESTED_HEADS)
     return set(last.values())
 
 
-def _stacked_experts(path: str, module: nn.Module, own: _Members) -> Iterator[tuple[Tensor, int]]:
+def _stacked_experts(path: str, module: nn.Module, own: _Members, reader: Reader) -> Iterator[tuple[Tensor, int]]:
     """A module's own parameters that hold a matrix, or a vector, for each of several experts, and how many.
 
     They are numbered by the first dimension, by which the module's name (`experts`) or an attribute of it
     (`num_experts`) tells them; or, below a module of that name, each expert has as many rows of a matrix (DBRX's).
     """
-    shapes = {id(p): full_shape(p) for _, p in own}
+    shapes = {id(p): reader.shape_of(p) for _, p in own}
     if isinstance(module, _ConvNd | nn.ParameterList | nn.ParameterDict):  # whatever its name
         yield from ((p, 1) for _, p in own)
         return

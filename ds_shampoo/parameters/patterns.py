@@ -13,7 +13,8 @@ from torch import nn
 from ds_shampoo.algorithm import selection
 from ds_shampoo.algorithm.selection import Kind, Role
 from ds_shampoo.config import SettingsError, ShampooConfig
-from ds_shampoo.sharding.partition import Layout, LogicalParameter
+from ds_shampoo.sharding.layout import Layout
+from ds_shampoo.sharding.partition import LogicalParameter
 
 ROLES = {"weight": Role.WEIGHT, "embedding": Role.EMBEDDING, "head": Role.HEAD, "none": Role.NONE}
 
@@ -49,7 +50,7 @@ def named(model: nn.Module | None, groups: Iterable[Iterable[LogicalParameter]],
         aliases = selection.aliases(model)
         for tensor in model.parameters():
             own = aliases[id(tensor)]
-            yield Named((*own, layout.name(own[0], tensor)), selection.full_shape(tensor))
+            yield Named((*own, layout.name(own[0], tensor)), layout.shape(tensor))
 
 
 def check(

@@ -2,36 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ds_shampoo import accelerators
 from ds_shampoo.algorithm import selection
-from ds_shampoo.config import ShampooConfig
-from ds_shampoo.parameters import patterns, wrappers
-from ds_shampoo.sharding.partition import Layout, LogicalParameter
+from ds_shampoo.config import SettingsError, ShampooConfig
+from ds_shampoo.parameters import marks, patterns, wrappers
+from ds_shampoo.sharding.layout import Layout
+from ds_shampoo.sharding.partition import LogicalParameter
 
 
 class Parameters:
     """Reads a model, and makes logical parameters of what its user passes.
 
     Attributes:
+        model: the module that they belong to; None where it is not known.
+        layout: how a host framework lays them out.
         model_order: the ids of the model's parameters in its order; empty where no model is known.
         have_names: whether embeddings and heads can be told by more than the names that the user passes.
     """
 
     def __init__(self, model: nn.Module | None, layout: Layout, config: ShampooConfig) -> None:
-        self._model, self._layout, self._config = model, layout, config
+        self.model, self.layout, self._config = model, layout, config
+        self._patterns_hold = False
         self._names = selection.names(model) if model is not None else {}
-        self._kinds = selection.kinds(model) if model is not None else {}
+        self._reader = selection.Reader(layout.shape, marks.is_embedding_or_head)
+        self._kinds = selection.kinds(model, self._reader) if model is not None else {}
         self._aliases = selection.aliases(model) if model is not None else {}
         self.model_order = tuple(self._names)
         self.have_names = bool(self._aliases)
 
+    def group(
+        self, members: Sequence[Any], group: Mapping[str, Any], before: Sequence[Sequence[LogicalParameter]]
+    ) -> list[LogicalParameter]:
+        """What the members of a new param group are.
+
+        Args:
+            members: parameters or (name, parameter) pairs.
+            group: its other keys.
+            before: the members of the groups before it.
+
+        Raises:
+            TypeError: as `logical`.
+            SettingsError: as `logical`, and for a name that is used twice.
+        """
+        first, excluded = sum(map(len, before)), not group.get("preconditioned", True)
+        found = [self.logical(member, excluded, first + number) for number, member in enumerate(members)]
+        taken = {parameter.name for others in before for parameter in others}
+        for parameter in found:
+            if parameter.name in taken:
+                raise SettingsError(f"parameter name '{parameter.name}' is used twice")
+            taken.add(parameter.name)
+        return found
+
     def logical(self, member: Any, excluded: bool, position: int) -> LogicalParameter:
-        """What a parameter, or a (name, parameter) pair, is.
+        """What a parameter, or a (name, parameter) pair, is; None for the name stands for no name.
 
         Args:
             excluded: whether its param group says `preconditioned: false`.
@@ -47,8 +75,8 @@ class Parameters:
         own_name = name or self._names.get(id(tensor), f"param_{position}")
         unfit = wrappers.check_parameter(own_name, tensor)
         accelerators.check_parameter(own_name, tensor)
-        name, shape = self._layout.name(own_name, tensor), selection.full_shape(tensor)
-        found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor)
+        name, shape = self.layout.name(own_name, tensor), self.layout.shape(tensor)
+        found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor, self._reader)
         known_as = patterns.Named((*self._aliases.get(id(tensor), ()), own_name, name), shape)
         kind = patterns.overruled(self._config, known_as, found)
         return LogicalParameter(
@@ -57,17 +85,20 @@ class Parameters:
             shape,
             kind.role,
             excluded,
-            self._layout.sections(own_name, tensor),
+            self.layout.sections(own_name, tensor),
             unfit,
             vocabulary_dim=kind.vocabulary_dim,
             batch=kind.batch,
         )
 
     def check_patterns(self, groups: Iterable[Iterable[LogicalParameter]]) -> None:
-        """Holds the settings' name patterns against all names, on all ranks together.
+        """Holds the settings' name patterns against all names, on all ranks together; once they held, never again.
 
         Raises:
             SettingsError: for a pattern that means nothing.
         """
-        named = patterns.named(self._model, groups, self._layout)
-        patterns.check(self._config, named, self._layout.over_ranks)
+        if self._patterns_hold:
+            return
+        named = patterns.named(self.model, groups, self.layout)
+        patterns.check(self._config, named, self.layout.over_ranks)
+        self._patterns_hold = True

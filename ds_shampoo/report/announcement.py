@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_shampoo.algorithm import multi_tensor, products
 from ds_shampoo.parameters import wrappers
+from ds_shampoo.parameters.reading import Parameters
 from ds_shampoo.report.table import concerns, render
 from ds_shampoo.step.subgroups import Subgroups
 
@@ -17,9 +18,9 @@ logger = logging.getLogger("ds_shampoo")
 class Announcement:
     """Says it when it is complete, and again when subgroups have come later."""
 
-    def __init__(self, subgroups: Subgroups, by_name_only: bool) -> None:
-        """`by_name_only`: no model was given, so that embeddings and heads were known by their names alone."""
-        self._subgroups, self._by_name_only = subgroups, by_name_only
+    def __init__(self, subgroups: Subgroups, parameters: Parameters, alone: bool) -> None:
+        """`alone`: no framework lays the parameters out, so that ranks share no work."""
+        self._subgroups, self._parameters, self._alone = subgroups, parameters, alone
         self._announced = 0
         self._said: set[str] = set()
 
@@ -37,13 +38,15 @@ class Announcement:
         built = self._subgroups.groups
         if len(built) < self._subgroups.expected() or len(built) == self._announced:
             return
+        if self._alone and not self._announced:
+            wrappers.warn_of_repeated_work(self._parameters.model)
         self._announced = len(built)
         if any(sharded.table.partition.rank for sharded in built):
             return
         tables = [sharded.table for sharded in built]
         logger.info("\n%s", self.text(groups))
         wrappers.say_what_is_left_out(tables, self._subgroups.turns, self._said)
-        for concern in concerns(tables, self._by_name_only):
+        for concern in concerns(tables, by_name_only=not self._parameters.have_names):
             if concern not in self._said:
                 self._said.add(concern)
                 logger.warning("%s", concern)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch.distributed as dist
 
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.sharding.expert_names import ExpertName, expert_name
 
 _Said = TypeVar("_Said")
 
 # Blocks whose boundaries are spread together, by what tells one such round from another.
 Rounds: TypeAlias = Mapping[Hashable, Sequence[Block]]
-
-# An expert's parameter, as deepspeed.moe and Megatron's SequentialMLP name it.
-EXPERT = re.compile(r"(?P<before>.*(?:deepspeed|local)_experts\.)(?P<number>\d+)(?P<after>\..*)")
 
 
 def model_order(names: Iterable[str]) -> list[str]:
@@ -77,7 +74,6 @@ def _gathered(own: Sequence[Any]) -> list[Sequence[Any]]:
     return found
 
 
-def _parts(name: str) -> tuple[str, int, str]:
-    """The layer, the expert's number and the rest of an expert's name; any other name whole."""
-    found = EXPERT.match(name)
-    return (found["before"], int(found["number"]), found["after"]) if found else (name, 0, "")
+def _parts(name: str) -> ExpertName:
+    """An expert's name taken apart; any other name whole."""
+    return expert_name(name) or ExpertName(name, 0, "")

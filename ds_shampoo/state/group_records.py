@@ -22,6 +22,17 @@ class GroupRecords:
         """Remembers a param group as it is made."""
         self._made.append({key: value for key, value in group.items() if key != "params"})
 
+    def over(self, subgroups: Subgroups) -> GroupRecords:
+        """The same param groups as they were made, over other subgroups; their settings are looked at anew."""
+        found = GroupRecords(self._config, subgroups)
+        found._made = list(self._made)
+        return found
+
+    @property
+    def all_made(self) -> Sequence[Mapping[str, Any]]:
+        """Everything but the parameters of all groups as they were made, those that are gone since too."""
+        return self._made
+
     def made(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Everything but the parameters of these groups as they were made."""
         return [self._made[group["group_index"]] for group in groups]

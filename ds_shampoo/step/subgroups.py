@@ -15,8 +15,9 @@ from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.config import GroupSettings, SettingsError, ShampooConfig
 from ds_shampoo.roots.schedule import RootSchedule, turns_of
 from ds_shampoo.roots.service import RootService
+from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.ownership import fingerprint
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, check_agreement
+from ds_shampoo.sharding.partition import LogicalParameter, check_agreement
 from ds_shampoo.sharding.table import BlockTable, block_table, cut_all
 from ds_shampoo.step.elementwise import StepMemory
 from ds_shampoo.step.sharded_group import ShardedGroup

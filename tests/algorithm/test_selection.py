@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
-from ds_shampoo.algorithm.selection import Kind, Role, kinds, name_kind, plain_name, roles
+from ds_shampoo.algorithm.selection import Kind, Reader, Role, kinds, name_kind, plain_name, roles
 
 VOCABULARY, WIDTH, RANK = 40, 8, 2
 
@@ -280,3 +280,19 @@ def test_models_of_peft() -> None:
         for name, parameter in model.named_parameters():
             expected = Role.EMBEDDING if "embed_tokens" in name else Role.HEAD if "lm_head" in name else Role.WEIGHT
             assert parameter.dim() < 2 or role[id(parameter)] is expected, name
+
+
+def test_what_a_framework_did_to_a_parameter_is_read_by_its_reader() -> None:
+    model = nn.ModuleDict({"hidden": nn.Linear(4, 4), "out": nn.Linear(4, 9), "experts": nn.Linear(4, 4)})
+    model["experts"].weight = nn.Parameter(torch.zeros(3, 5, 4))  # type: ignore[index]
+    shapes = {id(p): tuple(p.shape) for p in model.parameters()}
+    expected, out = kinds(model), model["out"].weight  # type: ignore[index]
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    taken_away = Reader(shape_of=lambda parameter: shapes[id(parameter)])
+    assert kinds(model, taken_away) == expected != kinds(model)
+    assert name_kind("lm_head.weight", out, taken_away).role is Role.HEAD
+    marked = Reader(taken_away.shape_of, lambda parameter: parameter is out)
+    assert roles(model, marked)[id(out)] is Role.HEAD
+    assert name_kind("out.weight", out, marked).role is Role.HEAD
+    assert [role for role in roles(model, marked).values() if role is not Role.WEIGHT] == [Role.HEAD]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_shampoo import SettingsError, Shampoo
+from ds_shampoo import Shampoo
 from ds_shampoo.frameworks.deepspeed.construction import engine_being_built
 from tests.distributed.jobs import SHAMPOO, build_model, engine_config, engine_of, train
 from tests.distributed.pool import WorkerPool
@@ -155,27 +153,34 @@ def test_plain_use_stays_plain() -> None:
     assert type(optimizer.layout).__name__ == "WholeLayout"
 
 
-@pytest.mark.parametrize("name", ["deepspeed.runtime.engine", "deepspeed.runtime.optimizers.factory", "deepspeed"])
-def test_deepspeed_without_an_engine_is_refused(name: str) -> None:
-    import deepspeed  # noqa: F401
+def engines_in_engines() -> list[str]:
+    """The layouts of all that is made while a callable makes an engine's optimizer, that one last."""
+    import deepspeed
 
-    module = ModuleType(name)
-    exec("import torch\ndef build(params):\n    return torch.optim.Shampoo(params)", vars(module))
-    with pytest.raises(SettingsError, match=f"DeepSpeed .{name}. builds torch.optim.Shampoo, but the engine"):
-        module.build(nn.Linear(3, 3).parameters())
+    found: list[str] = []
+    config = engine_config({}, 1, 1)
+    del config["optimizer"]
 
+    def make(params: Any) -> Any:
+        beside = torch.optim.Shampoo(nn.Linear(3, 3).parameters())  # type: ignore[attr-defined]
+        with engine_of(engine_config(SHAMPOO, 0, 1), plain=True) as inner:
+            found.append(type(inner.basic_optimizer.layout).__name__)
+            assert inner.basic_optimizer.layout._present_engine() is inner
+        optimizer = Shampoo(params)
+        found.append(type(beside.layout).__name__)
+        return optimizer
 
-def test_modules_that_deepspeed_builds_may_have_optimizers() -> None:
-    import deepspeed  # noqa: F401
-
-    module = ModuleType("deepspeed.runtime.zero.partition_parameters")
-    exec("def call(function):\n    return function()", vars(module))
-    module.call(lambda: torch.optim.Shampoo(nn.Linear(3, 3).parameters()))  # type: ignore[attr-defined]
-
-
-def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    engine, *_ = deepspeed.initialize(
+        model=build_model(), optimizer=make, config={**config, "zero_allow_untested_optimizer": True}
+    )
+    assert engine.basic_optimizer.layout._present_engine() is engine
     assert engine_being_built() is None
+    engine.destroy()
+    return [*found, type(engine.basic_optimizer.layout).__name__]
+
+
+def test_engines_in_engines(pools: Pools) -> None:
+    assert pools(1).run(engines_in_engines) == [["ReplicatedLayout", "WholeLayout", "FlatLayout"]]
 
 
 def change_masters(engine: Any, how: str) -> None:

@@ -40,8 +40,9 @@ from ds_shampoo.roots.jobs import RootAnswer, RootJob, Verdict
 from ds_shampoo.roots.pool import InlineExecutor
 from ds_shampoo.roots.transfer import Transfers
 from ds_shampoo.sharding.fragments import Fragment
-from ds_shampoo.sharding.partition import LogicalParameter, Partition, WholeLayout
-from ds_shampoo.step import units
+from ds_shampoo.sharding.layout import WholeLayout
+from ds_shampoo.sharding.partition import LogicalParameter, Partition
+from ds_shampoo.step import subgroups
 
 CUDA = torch.device("cuda", 0)
 RANK, WORLD_SIZE = 1, 4
@@ -202,7 +203,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setattr(accelerators, "has_values", lambda tensor: True)
     monkeypatch.setattr(service, "ThreadPool", _NoThreads)
     monkeypatch.setattr(RootJob, "solve", _solved)
-    monkeypatch.setattr(units, "check_agreement", lambda *arguments: None)
+    monkeypatch.setattr(subgroups, "check_agreement", lambda *arguments: None)
     watch = Watch()
     try:
         with FakeTensorMode(), watch, _Constructors(watch):

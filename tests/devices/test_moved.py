@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo import SettingsError, Shampoo
-from ds_shampoo.sharding.partition import WholeLayout
+from ds_shampoo.sharding.layout import WholeLayout
 from tests.devices.simulated import DEVICE, Simulation, simulated_device
 from tests.devices.test_order import Job, plain, races
 

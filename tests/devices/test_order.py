@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_shampoo import Shampoo
 from ds_shampoo.roots.transfer import HostCopy, Transfers
-from ds_shampoo.sharding.partition import WholeLayout
+from ds_shampoo.sharding.layout import WholeLayout
 from ds_shampoo.step.sharded_group import ShardedGroup
 from tests.devices import streams
 from tests.devices.simulated import DEVICE, SimTensor, Simulation, simulated_device

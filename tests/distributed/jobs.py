@@ -157,6 +157,18 @@ def engine_config(
     return {**config, **other}
 
 
+def hidden_model(config: dict[str, Any]) -> GPT:
+    """The same model, built under `deepspeed.zero.Init`, which hides the parameters' shapes."""
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        hidden = build_model()  # its own initialisation finds no elements to write to
+    with deepspeed.zero.GatheredParameters(list(hidden.parameters()), modifier_rank=0):
+        for parameter, value in zip(hidden.parameters(), build_model().parameters(), strict=True):
+            parameter.data.copy_(value)
+    return hidden
+
+
 @contextlib.contextmanager
 def engine_of(
     config: dict[str, Any],
@@ -166,18 +178,11 @@ def engine_of(
 ) -> Iterator[Any]:
     """The engine through `ds_shampoo.initialize`, or `plain`ly through DeepSpeed's own with the flag in the config.
 
-    `zero_init` builds the model under `deepspeed.zero.Init`, which hides the parameters' shapes.
+    `zero_init` takes the model of `hidden_model`.
     """
     import deepspeed
 
-    model = build_model()
-    if zero_init:
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            hidden = build_model()  # its own initialisation finds no elements to write to
-        with deepspeed.zero.GatheredParameters(list(hidden.parameters()), modifier_rank=0):
-            for parameter, value in zip(hidden.parameters(), model.parameters(), strict=True):
-                parameter.data.copy_(value)
-        model = hidden
+    model = hidden_model(config) if zero_init else build_model()
     parameters = groups(model) if groups else None
     if plain:
         config = {**copy.deepcopy(config), "zero_allow_untested_optimizer": True}

@@ -88,10 +88,28 @@ def tied_head(module: nn.Module, hidden: Tensor) -> Tensor:
     return F.linear(hidden, module.weight)
 
 
+def started(model: nn.Module, parameters: list[Any], config: dict[str, Any], way: str) -> Any:
+    """The engine; its Shampoo is named by the "config", or comes in as an "object" or out of a "callable"."""
+    if way == "config":
+        engine, *_ = ds_shampoo.initialize(model=model, model_parameters=parameters, config=config)
+        return engine
+    settings = config["optimizer"]["params"]
+    config = {key: value for key, value in config.items() if key != "optimizer"}
+    optimizer: Any = Shampoo(parameters, **settings) if way == "object" else lambda given: Shampoo(given, **settings)
+    engine, *_ = ds_shampoo.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
+    return engine
+
+
 def pipeline(
-    config: dict[str, Any], steps: int, tied: bool, folder: str = "", save_at: int = 0, resume: bool = False
+    config: dict[str, Any],
+    steps: int,
+    tied: bool,
+    folder: str = "",
+    save_at: int = 0,
+    resume: bool = False,
+    way: str = "config",
 ) -> Trace:
-    """Two stages on every second rank; `extra` holds this stage's parameters by name.
+    """Two stages on every second rank; `extra` holds this stage's parameters by name. `way` as `started` takes it.
 
     With a folder the run saves there at `save_at`, or resumes from there and trains on from that step.
     """
@@ -107,7 +125,7 @@ def pipeline(
         ]
     module = PipelineModule(layers=stack, num_stages=2, loss_fn=loss_of, partition_method="uniform")
     try:
-        engine, *_ = ds_shampoo.initialize(model=module, model_parameters=module.parameters(), config=config)
+        engine = started(module, list(module.parameters()), config, way)
         if resume:
             engine.load_checkpoint(folder)
         start = named(engine.module)
@@ -171,19 +189,28 @@ class Experts(nn.Module):
 
 
 def experts(
-    config: dict[str, Any], steps: int, ep_size: int, folder: str = "", save_at: int = 0, resume: bool = False
+    config: dict[str, Any],
+    steps: int,
+    ep_size: int,
+    folder: str = "",
+    save_at: int = 0,
+    resume: bool = False,
+    way: str = "config",
+    split: bool = True,
 ) -> Trace:
     """Experts spread over `ep_size` ranks; `extra` holds parameters by name, experts numbered over all ranks.
 
-    A folder means what it means to `pipeline`.
+    A folder and `way` mean what they mean to `pipeline`; without `split` all parameters are in one param group.
     """
     import deepspeed.comm as dist
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     ep_rank = dist.get_rank() % ep_size
     model = Experts(ep_size, ep_rank)
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
-    engine, *_ = ds_shampoo.initialize(model=model, model_parameters=groups, config=config)
+    groups: list[Any] = [{"params": list(model.parameters()), "name": "all"}]
+    engine = started(
+        model, split_params_into_different_moe_groups_for_optimizer(groups) if split else groups, config, way
+    )
     try:
         if resume:
             engine.load_checkpoint(folder)

@@ -97,7 +97,7 @@ def job(
     chunk, optimizer = prepared(tensor_parallel, settings, **how)
     from megatron.core import parallel_state
 
-    from ds_shampoo.frameworks.megatron.names import places
+    from ds_shampoo.frameworks.megatron.names import model_parameters
 
     scheduler = scheduler_of(optimizer) if schedule else None
     if resume:
@@ -110,11 +110,8 @@ def job(
         rates.append(optimizer.param_groups[0]["lr"])
         if scheduler is not None:
             scheduler.step(1)
-    end = {
-        place.name: p.detach().float().numpy().copy()
-        for _, p in chunk.named_parameters()
-        if (place := places([chunk])[id(p)])
-    }
+    found = model_parameters([chunk])
+    end = {found[id(p)].name: p.detach().float().numpy().copy() for p in chunk.parameters()}
     inner = [wrapper.optimizer for wrapper in optimizer.chained_optimizers if not wrapper.is_stub_optimizer]
     blocks = [owned for shampoo in inner for subgroup in shampoo.subgroups() for owned in subgroup.sharded.owned_blocks]
     ready = [str(owned.block) for owned in blocks if owned.stack.ready[owned.slot]]
@@ -125,9 +122,9 @@ def job(
 
 def initialize_by_name(model: nn.Module) -> None:
     """Weights that depend on their name in the whole model alone, not on what else is on this rank."""
-    from ds_shampoo.frameworks.megatron.names import places
+    from ds_shampoo.frameworks.megatron.names import model_parameters
 
-    found = places([model])
+    found = model_parameters([model])
     for parameter in model.parameters():
         if parameter.dim() > 1:
             generator = torch.Generator().manual_seed(zlib.crc32(found[id(parameter)].name.encode()))

@@ -101,7 +101,7 @@ def on_several_ranks(kind: str) -> list[str]:
         found: nn.Module = model()
         if kind == "ddp":
             found = DistributedDataParallel(found)
-        Shampoo(found.parameters(), model=found)
+        Shampoo(found.parameters(), model=found).prepare()
         return said
 
 

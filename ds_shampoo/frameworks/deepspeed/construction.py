@@ -1,90 +1,142 @@
-"""A DeepSpeed engine while it is built: how the optimizer that it asks for finds it, and when it has that optimizer."""
+"""A DeepSpeed engine while it is built: which one asks for an optimizer, and what is done with a Shampoo that it gets.
+
+DeepSpeed has no hook for that. Its engines get their optimizer in one method, whichever way it comes in: named by the
+config, as an object, or out of a callable. That method is wrapped, on the class, before the first engine is built.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch.optim import Optimizer
 
 from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks.deepspeed.imports import when_imported
+from ds_shampoo.frameworks.deepspeed.section import names_shampoo
+from ds_shampoo.optimizer import Shampoo
+from ds_shampoo.parameters.unbound import to_be_bound
 
-# DeepSpeed's parts that call the user's code: an optimizer that is made in there is the user's own.
-_CALLERS_OF_USERS = (
-    "deepspeed.runtime.activation_checkpointing",
-    "deepspeed.runtime.pipe.module",
-    "deepspeed.runtime.zero.partition_parameters",
-)
+logger = logging.getLogger("ds_shampoo")
+
+# Where DeepSpeed has its engine, the method that gives it its optimizer, and what that takes.
+_MODULE, _CLASS, _METHOD = "deepspeed.runtime.engine", "DeepSpeedEngine", "_configure_optimizer"
+_ARGUMENTS = ["self", "client_optimizer", "model_parameters"]
+
+
+class _Building(NamedTuple):
+    """An engine that is getting its optimizer, and whether it is the config that says which."""
+
+    engine: Any
+    by_config: bool
+
+
+# What was put in its place.
+_ours: weakref.WeakSet[Callable[..., None]] = weakref.WeakSet()
+
+# The innermost one: an engine may be built while another is.
+_building: ContextVar[_Building | None] = ContextVar("building", default=None)
+
+
+def watch_engines() -> None:
+    """Has every engine take on the Shampoo that it is given, from now on; DeepSpeed is not imported for that."""
+    when_imported(_MODULE, _wrap)
 
 
 def engine_being_built() -> Any | None:
-    """The engine that is waiting for its optimizer, found in whichever of DeepSpeed's calls led here.
+    """The engine that is getting its optimizer now; None where none is."""
+    building = _building.get()
+    return building.engine if building is not None else None
 
-    Decorators, partials, tracers and callables of the user's may stand in between, and other engines beside it: only
-    one that is to have an optimizer and has none yet is meant, the innermost first.
 
-    Returns:
-        None where no engine asked: for who calls `torch.optim.Shampoo` as any optimizer.
-
-    Raises:
-        SettingsError: if DeepSpeed asks, but its engine can't be found; a plain Shampoo would train wrongly there.
-    """
-    engine_type: Any = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
-    if engine_type is None:
+def engine_that_names_its_optimizer() -> Any | None:
+    """The engine that builds what its config names now, and has nothing yet; None where none does."""
+    building = _building.get()
+    if building is None or not building.by_config or building.engine.basic_optimizer is not None:
         return None
-    innermost, seen = "", False
-    for frame in _deepspeeds_frames():
-        innermost = innermost or str(frame.f_globals["__name__"])
-        engines = [value for value in frame.f_locals.values() if issubclass(type(value), engine_type)]
-        seen = seen or bool(engines)
-        waiting = next((engine for engine in engines if _waits_for_optimizer(engine)), None)
-        if waiting is not None:
-            return waiting
-    builds = innermost == "deepspeed" or innermost.startswith("deepspeed.runtime")
-    if builds and not seen and not innermost.startswith(_CALLERS_OF_USERS):
-        raise SettingsError(
-            f"DeepSpeed ({innermost}) builds torch.optim.Shampoo, but the engine that it is for was not found; this "
-            "DeepSpeed builds optimizers in another way than those that were tried"
-        )
-    return None
+    return building.engine
 
 
-def once_it_has_its_optimizer(engine: Any, action: Callable[[], None]) -> None:
-    """Calls `action` as soon as an engine that is being built has put its optimizer in place, before its user has it.
-
-    DeepSpeed has no hook for that. The schedule is what it sets up next; a release that does not is met at the first
-    forward pass.
-    """
-    pending = [action]
-
-    def act() -> None:
-        while pending:
-            pending.pop()()
-
-    name = "_configure_lr_scheduler"
-    deepspeeds = getattr(engine, name, None)
-    if deepspeeds is None:
-        engine.register_forward_pre_hook(lambda *_: act())
+def _wrap(module: ModuleType) -> None:
+    """Wraps the method once; where it is not what it was, engines refuse Shampoo."""
+    engine_type: Any = getattr(module, _CLASS, None)
+    if engine_type is None:
+        logger.warning("%s", _moved(f"{_MODULE}.{_CLASS}"))
         return
-
-    def configure_lr_scheduler(*positional: Any, **named: Any) -> Any:
-        delattr(engine, name)
-        act()
-        return deepspeeds(*positional, **named)
-
-    setattr(engine, name, configure_lr_scheduler)
-
-
-def _deepspeeds_frames() -> Iterator[FrameType]:
-    """DeepSpeed's own calls that led here, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).partition(".")[0] == "deepspeed":
-            yield frame
-        frame = frame.f_back
+    method, init = getattr(engine_type, _METHOD, None), engine_type.__init__
+    if method in _ours or init in _ours:
+        return
+    if method is not None and list(inspect.signature(method).parameters) == _ARGUMENTS:
+        setattr(engine_type, _METHOD, configuring := _configuring(method))
+        _ours.add(configuring)
+    else:
+        moved = _moved(f"{_MODULE}.{_CLASS}.{_METHOD}({', '.join(_ARGUMENTS)})")
+        engine_type.__init__ = refusing = _refusing(init, moved)
+        _ours.add(refusing)
 
 
-def _waits_for_optimizer(engine: Any) -> bool:
-    if getattr(engine, "optimizer", None) is not None or getattr(engine, "basic_optimizer", None) is not None:
-        return False
-    return getattr(engine, "client_optimizer", None) is not None or engine.optimizer_name() is not None
+def _configuring(deepspeeds: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(deepspeeds)
+    def configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        from ds_shampoo.frameworks.deepspeed import binding
+
+        trained = binding.parameters_in(
+            client_optimizer.param_groups if isinstance(client_optimizer, Optimizer) else model_parameters
+        )
+        if isinstance(client_optimizer, Shampoo):
+            binding.take_on_object(self, client_optimizer)
+        elif callable(client_optimizer) and not isinstance(client_optimizer, Optimizer):
+            client_optimizer = _taken_on(self, client_optimizer)
+        token = _building.set(_Building(self, by_config=client_optimizer is None))
+        try:
+            deepspeeds(self, client_optimizer, model_parameters)
+        finally:
+            _building.reset(token)
+        binding.finish(self, trained)
+
+    return configure_optimizer
+
+
+def _taken_on(engine: Any, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The user's callable; should it give a Shampoo, it is the engine's."""
+
+    def made(model_parameters: Any) -> Any:
+        from ds_shampoo.frameworks.deepspeed import binding
+
+        with to_be_bound():
+            optimizer = make(model_parameters)
+        if isinstance(optimizer, Shampoo):
+            binding.take_on_object(engine, optimizer)
+        return optimizer
+
+    return made
+
+
+def _refusing(init: Callable[..., None], reason: str) -> Callable[..., None]:
+    """The constructor of an engine that can't take a Shampoo on, and says so."""
+
+    @functools.wraps(init)
+    def refuse(self: Any, *positional: Any, **named: Any) -> None:
+        config = named.get("config")
+        if any(isinstance(argument, Shampoo) for argument in (*positional, *named.values())) or (
+            isinstance(config, dict) and named.get("optimizer") is None and names_shampoo(config)
+        ):
+            raise SettingsError(reason)
+        init(self, *positional, **named)
+        if isinstance(getattr(self, "basic_optimizer", None), Shampoo):
+            raise SettingsError(reason)
+
+    return refuse
+
+
+def _moved(name: str) -> str:
+    return (
+        f"this DeepSpeed has no {name}, by which Shampoo gets to know its engine: use a release that ds_shampoo was "
+        "tested with (0.19.8)"
+    )

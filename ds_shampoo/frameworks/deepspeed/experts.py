@@ -12,7 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_shampoo.sharding.model_order import EXPERT
+from ds_shampoo.config import SettingsError
+from ds_shampoo.sharding.expert_names import expert_name
 from ds_shampoo.state.files import BlockReader, CheckpointError
 
 _WEIGHT = "weight"
@@ -34,15 +35,13 @@ def global_name(model: nn.Module, name: str, parameter: Tensor) -> str:
         return name
     from deepspeed.utils import groups
 
-    found = EXPERT.match(name)
+    found = expert_name(name)
     if found is None:
         raise ValueError(
             f"parameter '{name}' is an expert's, but its name does not tell which expert's: with Megatron leave "
             "moe_grouped_gemm out"
         )
-    local: Any = model.get_submodule(found["before"].removesuffix("."))
-    number = int(found["number"]) + groups._get_expert_parallel_rank(group) * len(local)
-    return f"{found['before']}{number}{found['after']}"
+    return str(found.numbered_from(groups._get_expert_parallel_rank(group) * found.beside(model)))
 
 
 def foreign_experts(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -57,7 +56,7 @@ def foreign_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adopt(engine: Any, params: Iterable[Any]) -> Iterable[Any]:
-    """Has DeepSpeed treat foreign experts as experts; to be called before it wraps the optimizer.
+    """What an engine's optimizer is to be made of; to be called before DeepSpeed wraps it.
 
     Args:
         params: parameters or param-group dicts.
@@ -65,9 +64,8 @@ def adopt(engine: Any, params: Iterable[Any]) -> Iterable[Any]:
     Returns:
         `params`, or where there are foreign experts, param groups with each expert group's parameters apart.
     """
-    if not foreign_experts(engine.module):
+    if not tell_of_experts(engine):
         return params
-    engine.has_moe_layers = True  # what DeepSpeed sets when it finds a layer of its own
     members = list(params)
     groups = members if all(isinstance(member, dict) for member in members) else [{"params": members}]
     shared = [{**group, "params": _in_group(group, None)} for group in groups]
@@ -76,6 +74,32 @@ def adopt(engine: Any, params: Iterable[Any]) -> Iterable[Any]:
         {**group, "params": _in_group(group, name), "moe": True, "name": name} for name in names for group in groups
     ]
     return [group for group in [*shared, *experts] if group["params"]]
+
+
+def tell_of_experts(engine: Any) -> bool:
+    """Has DeepSpeed treat foreign experts as experts; returns whether there are any."""
+    found = bool(foreign_experts(engine.module))
+    if found:
+        engine.has_moe_layers = True  # what DeepSpeed sets when it finds a layer of its own
+    return found
+
+
+def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses param groups that DeepSpeed would reduce over wrong ranks.
+
+    Raises:
+        SettingsError: where experts do not stand in groups of their own, marked as DeepSpeed marks them.
+    """
+    for number, group in enumerate(groups):
+        names = {expert_group(parameter) for parameter in group["params"]}
+        if names <= {None} or (len(names) == 1 and group.get("moe") and group.get("name") in names):
+            continue
+        raise SettingsError(
+            f"param group {number} has experts of {', '.join(sorted(name for name in names if name is not None))}, "
+            "which need groups of their own: give a Shampoo object the groups that deepspeed.moe.utils."
+            'split_params_into_different_moe_groups_for_optimizer({"params": [...], "name": "shared"}) makes, or name '
+            "Shampoo in the config"
+        )
 
 
 class ExpertWeights:

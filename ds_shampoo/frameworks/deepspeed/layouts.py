@@ -14,8 +14,9 @@ from torch import Tensor
 from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.frameworks.deepspeed.experts import expert_group, global_name
 from ds_shampoo.sharding.fragments import Fragment
+from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
-from ds_shampoo.sharding.partition import Layout, LogicalParameter, Partition, whole_fragments
+from ds_shampoo.sharding.partition import LogicalParameter, Partition, whole_fragments
 
 _Said = TypeVar("_Said")
 
@@ -44,11 +45,15 @@ def layout_for(engine: Any) -> Layout:
     return FlatLayout(engine) if stage else ReplicatedLayout(engine)
 
 
-class _EngineLayout:
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has taken its elements away and left the shape in `ds_shape`."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class EngineLayout(Layout):
     """What all layouts under an engine share."""
 
     keeps_blocks_apart = True
-    steps_empty = False
 
     def __init__(self, engine: Any) -> None:
         self._engine = weakref.ref(engine)
@@ -59,8 +64,14 @@ class _EngineLayout:
         engine = self._engine()
         return engine is not None and engine.optimizer is not None
 
+    def is_of(self, engine: Any) -> bool:
+        return self._engine() is engine
+
     def device(self, parameter: Tensor) -> torch.device:
         return torch.device(self._present_engine().device)
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return full_shape(parameter)
 
     def name(self, name: str, parameter: Tensor) -> str:
         """Asks the `mpu`, where it knows (that of GPTPipeline does)."""
@@ -81,15 +92,6 @@ class _EngineLayout:
     def everyones(self, rounds: Rounds) -> Rounds:
         """Under pipeline, expert and tensor parallelism other ranks have other blocks; ranks are ordered by stage."""
         return union_over_ranks(rounds) if self._divides_the_model() else rounds
-
-    def parts(self, index: int) -> Sequence[Tensor] | None:
-        return None
-
-    def absent(self, tensor: Tensor) -> bool:
-        return False
-
-    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
-        return originals
 
     def _prove(self, parameter: LogicalParameter, start: int, master: Tensor, offset: int, present: Tensor) -> None:
         """Holds a reading of the layout against the data: master weights, rounded, are those that the model uses.
@@ -122,7 +124,7 @@ class _EngineLayout:
         return engine
 
 
-class ReplicatedLayout(_EngineLayout):
+class ReplicatedLayout(EngineLayout):
     """Stage 0: every rank holds every parameter whole, as itself or as an fp32 master copy of it."""
 
     def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
@@ -160,7 +162,7 @@ class ReplicatedLayout(_EngineLayout):
         return group
 
 
-class FlatLayout(_EngineLayout):
+class FlatLayout(EngineLayout):
     """Stages 1 and 2 and BF16_Optimizer: one flat fp32 tensor per group, this rank's equal share of the group.
 
     ZeRO makes the low-precision parameters views into one flat buffer of which the shares are consecutive parts.
@@ -202,7 +204,7 @@ class FlatLayout(_EngineLayout):
         raise _misread("a flat tensor is not of the ZeRO optimizer's")
 
 
-class SubGroupLayout(_EngineLayout):
+class SubGroupLayout(EngineLayout):
     """Stage 3: a param group is stepped in sub-groups, each one flat fp32 tensor with a piece of every parameter in it.
 
     A parameter of n elements is cut into equal pieces of `partition_numel()`, one per rank, the last of them padded.

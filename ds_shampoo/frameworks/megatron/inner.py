@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_shampoo.frameworks.megatron.names import Place
+from ds_shampoo.frameworks.megatron.names import ModelParameter
 from ds_shampoo.optimizer import Shampoo
 
 
@@ -38,7 +38,7 @@ class InnerShampoo(Shampoo):
         return state
 
 
-def named(groups: Sequence[Mapping[str, Any]], found: Mapping[int, Place]) -> list[dict[str, Any]]:
+def named(groups: Sequence[Mapping[str, Any]], found: Mapping[int, ModelParameter]) -> list[dict[str, Any]]:
     """Megatron's param groups with their parameters' names in the undivided model."""
     return [{**group, "params": [(found[id(p)].name, p) for p in group["params"]]} for group in groups]
 

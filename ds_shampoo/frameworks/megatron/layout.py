@@ -12,9 +12,10 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Section
-from ds_shampoo.frameworks.megatron.names import Place
+from ds_shampoo.frameworks.megatron.names import ModelParameter
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
+from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
 
@@ -47,7 +48,7 @@ def runs_of(wrapper: MegatronOptimizer) -> dict[int, Run]:
     return runs
 
 
-class MegatronLayout:
+class MegatronLayout(Layout):
     """One for all of Megatron's ways: every rank says which runs it holds, and all ranks hear it.
 
     A rank may hold nothing of a param group, and own blocks of it all the same.
@@ -62,13 +63,13 @@ class MegatronLayout:
 
     def __init__(
         self,
-        places: Mapping[int, Place],
+        parameters: Mapping[int, ModelParameter],
         runs: Callable[[], Mapping[int, Run]],
         replicas: dist.ProcessGroup,
         slices: dist.ProcessGroup,
     ) -> None:
-        """`places` are every parameter's, by id, and `runs` gives what `runs_of` does, once Megatron has laid out."""
-        self._places, self._runs = places, runs
+        """`parameters` are the model's, by id, and `runs` gives what `runs_of` does, once Megatron has laid out."""
+        self._parameters, self._runs = parameters, runs
         self.replicas, self.slices = replicas, slices
 
     def in_training(self) -> bool:
@@ -77,28 +78,28 @@ class MegatronLayout:
     def device(self, parameter: Tensor) -> torch.device:
         return parameter.device
 
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
     def name(self, name: str, parameter: Tensor) -> str:
-        return self._places[id(parameter)].name
+        return self._parameters[id(parameter)].name
 
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
-        place = self._places[id(parameter)]
-        rank, world_size = dist.get_rank(self.slices), dist.get_world_size(self.slices)
-        return sections(place.chunk, place.local_name, parameter, rank, world_size)
+        known = self._parameters[id(parameter)]
+        return sections(
+            known.chunk,
+            known.local_name,
+            parameter,
+            shape=self.shape(parameter),
+            rank=dist.get_rank(self.slices),
+            world_size=dist.get_world_size(self.slices),
+        )
 
     def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
         return concatenated_over_ranks(own)
 
     def everyones(self, rounds: Rounds) -> Rounds:
         return union_over_ranks(rounds)
-
-    def parts(self, index: int) -> None:
-        return None
-
-    def absent(self, tensor: Tensor) -> bool:
-        return False
-
-    def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
-        return originals
 
     def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         names = {id(member.tensor): member.name for member in members}

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-# An expert's number among those of its rank: one module each, or Transformer Engine's one module with a weight each.
-_EXPERT = re.compile(
-    r"(?P<before>.*\.experts\.(local_experts\.|linear_fc[12]\.(weight|bias)))(?P<number>\d+)(?P<after>.*)"
-)
+from ds_shampoo.sharding.expert_names import expert_name
 
 
-class Place(NamedTuple):
+class ModelParameter(NamedTuple):
     """Where a parameter is found on this rank, and what it is called on all.
 
     Attributes:
@@ -29,16 +25,17 @@ class Place(NamedTuple):
     local_name: str
 
 
-def places(chunks: Sequence[nn.Module]) -> Mapping[int, Place]:
-    """The place of every parameter of this rank's parts of the model, by `id(parameter)`.
+def model_parameters(chunks: Sequence[nn.Module]) -> Mapping[int, ModelParameter]:
+    """Every parameter of this rank's parts of the model, by `id(parameter)`.
 
     Raises:
         ValueError: for an expert's parameter whose name does not tell which expert's.
     """
-    found: dict[int, Place] = {}
+    found: dict[int, ModelParameter] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            found.setdefault(id(parameter), Place(_whole_model_name(chunk, name, parameter), chunk, name))
+            whole_name = _whole_model_name(chunk, name, parameter)
+            found.setdefault(id(parameter), ModelParameter(whole_name, chunk, name))
     return found
 
 
@@ -61,7 +58,7 @@ def _numbered_over_stages(chunk: nn.Module, parts: Sequence[str]) -> Iterator[st
 
 
 def _numbered_over_experts(chunk: nn.Module, name: str) -> str:
-    found = _EXPERT.fullmatch(name)
+    found = expert_name(name)
     if found is None:
         raise ValueError(
             f"parameter '{name}' is an expert's, but its name does not tell which expert's: Shampoo knows "
@@ -69,5 +66,4 @@ def _numbered_over_experts(chunk: nn.Module, name: str) -> str:
         )
     config: Any = next(module.config for module in chunk.modules() if hasattr(module, "config"))
     here = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-    number = int(found["number"]) + here * parallel_state.get_expert_model_parallel_rank()
-    return f"{found['before']}{number}{found['after']}"
+    return str(found.numbered_from(here * parallel_state.get_expert_model_parallel_rank()))

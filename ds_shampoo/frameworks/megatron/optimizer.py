@@ -17,7 +17,7 @@ from ds_shampoo.config import ShampooConfig
 from ds_shampoo.frameworks.megatron.checkpoint import WithBlocks
 from ds_shampoo.frameworks.megatron.inner import InnerShampoo, named, prepare
 from ds_shampoo.frameworks.megatron.layout import MegatronLayout, runs_of
-from ds_shampoo.frameworks.megatron.names import Place, places
+from ds_shampoo.frameworks.megatron.names import ModelParameter, model_parameters
 from ds_shampoo.frameworks.megatron.support import checked, refuse_unsupported
 from ds_shampoo.optimizer import Shampoo
 from ds_shampoo.roots.schedule import turns_of
@@ -74,12 +74,12 @@ def get_megatron_shampoo_optimizer(
         whole = ShampooLayerWiseOptimizer(parts, config, groups, [prepare] * len(parts))
     else:
         whole = ShampooChainedOptimizer(wrappers)
-    found = places(model_chunks)
+    found = model_parameters(model_chunks)
     for wrapper in whole.chained_optimizers:
         if not wrapper.is_stub_optimizer:
             _put_in_place(wrapper, model_chunks, members, found, groups, shampoo)
     inner = list(whole.inner())
-    _share_turns(inner, names_over_ranks([place.name for place in found.values()]))
+    _share_turns(inner, names_over_ranks([parameter.name for parameter in found.values()]))
     for optimizer in inner:
         optimizer.prepare()
     return whole
@@ -101,7 +101,7 @@ def _put_in_place(
     wrapper: MegatronOptimizer,
     chunks: Sequence[nn.Module],
     members: Sequence[Mapping[str, Any]],
-    found: Mapping[int, Place],
+    found: Mapping[int, ModelParameter],
     groups: ProcessGroupCollection,
     shampoo: ShampooConfig,
 ) -> None:

@@ -15,7 +15,7 @@ from ds_shampoo.config import SettingsError, ShampooConfig, parse
 from ds_shampoo.frameworks.megatron.checkpoint import KEY, apart, load_sharded_blocks, sharded_blocks
 from ds_shampoo.frameworks.megatron.inner import InnerShampoo, named, prepare
 from ds_shampoo.frameworks.megatron.layout import MegatronLayout, Run
-from ds_shampoo.frameworks.megatron.names import places
+from ds_shampoo.frameworks.megatron.names import model_parameters
 from ds_shampoo.frameworks.megatron.support import checked, refuse_unsupported
 
 
@@ -35,7 +35,7 @@ class RegisteredShampoo(InnerShampoo):
         settings: ShampooConfig,
     ) -> None:
         """`groups` are Megatron's param groups, of the parameters of `chunks`; process groups as of MegatronLayout."""
-        found = places(chunks)
+        found = model_parameters(chunks)
         layout = MegatronLayout(found, lambda: _runs(chunks), replicas, slices)
         super().__init__(named(groups, found), **settings.model_dump(), model=nn.ModuleList(chunks), layout=layout)
 

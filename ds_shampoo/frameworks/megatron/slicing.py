@@ -15,14 +15,16 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
-from ds_shampoo.algorithm.selection import full_shape
 
 
-def sections(model: nn.Module, name: str, parameter: Tensor, rank: int, world_size: int) -> list[Section] | None:
+def sections(
+    model: nn.Module, name: str, parameter: Tensor, *, shape: tuple[int, ...], rank: int, world_size: int
+) -> list[Section] | None:
     """The sections of the whole matrix, those of all tensor-parallel ranks.
 
     Args:
         model: the model that has the parameter under this name.
+        shape: the parameter's on this rank.
         rank, world_size: of this rank among the tensor-parallel ones.
 
     Returns:
@@ -31,7 +33,7 @@ def sections(model: nn.Module, name: str, parameter: Tensor, rank: int, world_si
     Raises:
         ValueError: if a fused matrix does not fit the attention settings of its layer.
     """
-    shape, module = full_shape(parameter), _module_of(model, name)
+    module = _module_of(model, name)
     dim = _sliced_dim(module, parameter) if len(shape) == 2 else None
     if dim is None:
         return None

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.frameworks.deepspeed.layouts import full_shape
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.frameworks.megatron_deepspeed.experts import register_experts
 from ds_shampoo.frameworks.megatron_deepspeed.gradients import reduce_sequence_parallel_gradients
@@ -40,7 +41,14 @@ def shampoo_sections(model: nn.Module, name: str, parameter: Tensor) -> Sequence
         ValueError: if the parameter's shape does not fit the rule.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    return sections(model, name, parameter, dist.get_rank(group), dist.get_world_size(group))
+    return sections(
+        model,
+        name,
+        parameter,
+        shape=full_shape(parameter),
+        rank=dist.get_rank(group),
+        world_size=dist.get_world_size(group),
+    )
 
 
 def shampoo_register(model: nn.Module) -> None:

@@ -1,0 +1,160 @@
+"""How a Shampoo becomes an engine's optimizer, whichever way it comes in, and what is said where one does not."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks.deepspeed import experts
+from ds_shampoo.frameworks.deepspeed.checkpoint import attach
+from ds_shampoo.frameworks.deepspeed.layouts import EngineLayout, layout_for
+from ds_shampoo.frameworks.deepspeed.monitor import MonitorFeed
+from ds_shampoo.frameworks.deepspeed.section import TYPE, config_of
+from ds_shampoo.frameworks.deepspeed.support import (
+    refuse_factors_of_tied_layers,
+    refuse_norms_of_slices,
+    refuse_unsupported,
+)
+from ds_shampoo.optimizer import Shampoo, unbound
+
+logger = logging.getLogger("ds_shampoo")
+
+
+def prepare(engine: Any) -> None:
+    """What comes before an engine's Shampoo is made, or taken on: a wrong feature is refused, the model made ready.
+
+    Raises:
+        SettingsError: for a DeepSpeed feature under which Shampoo can't run yet.
+    """
+    log_to_stdout()
+    refuse_unsupported(engine)
+    if hasattr(engine.mpu, "shampoo_prepare"):
+        engine.mpu.shampoo_prepare(engine.module)
+
+
+def take_on_object(engine: Any, optimizer: Shampoo) -> None:
+    """Makes a Shampoo that the user made the optimizer of an engine, which has none yet.
+
+    Raises:
+        SettingsError: as `prepare` and `take_on`, if another engine trains with it, and where experts need param
+            groups that it does not have.
+    """
+    layout = optimizer.layout
+    if isinstance(layout, EngineLayout) and layout.in_training():
+        raise SettingsError("the Shampoo object is the optimizer of another engine: make one for each")
+    prepare(engine)
+    experts.tell_of_experts(engine)
+    experts.check_groups(optimizer.param_groups)
+    take_on(engine, optimizer)
+
+
+def take_on(engine: Any, optimizer: Shampoo) -> None:
+    """Makes a Shampoo the optimizer of an engine, before DeepSpeed wraps it.
+
+    Names and modules are the engine's, and so is the layout. The engine's own `save_checkpoint` and `load_checkpoint`
+    take the blocks along from then on, and its monitor gets the metrics.
+
+    Raises:
+        SettingsError: as `Shampoo.bind`, and for a setting that the engine's parallelism does not allow.
+    """
+    refuse_factors_of_tied_layers(engine, optimizer.param_groups)
+    refuse_norms_of_slices(engine, optimizer.param_groups)
+    if engine.zero_optimization():
+        for group in optimizer.param_groups:
+            _put_floats_first(group["params"])
+    optimizer.bind(engine.module, layout_for(engine))
+    optimizer.register_step_post_hook(MonitorFeed(engine))
+    attach(engine, optimizer)
+
+
+def finish(engine: Any, trained: Iterable[Tensor]) -> None:
+    """What is done once DeepSpeed has put an engine's optimizer in place: a Shampoo's layout is held against the data.
+
+    Args:
+        trained: the parameters that the optimizer was given.
+
+    Raises:
+        SettingsError: if the engine has a Shampoo that was not taken on.
+        RuntimeError: if the layout is not what the data says.
+    """
+    optimizer = engine.basic_optimizer
+    _say_which_optimizer_holds(engine)
+    if isinstance(optimizer, Shampoo):
+        layout = optimizer.layout
+        if not isinstance(layout, EngineLayout) or not layout.is_of(engine):
+            raise SettingsError(
+                f"DeepSpeed made a {type(optimizer).__name__} that Shampoo does not know of: name it "
+                '"optimizer": {"type": "Shampoo"} in the config, or pass it as optimizer='
+            )
+        optimizer.prepare()
+    _say_what_is_not_used(engine, trained)
+
+
+def parameters_in(members: Iterable[Any]) -> list[Tensor]:
+    """The parameters of a list that has them as they are, with names, or in param groups."""
+    return list(_tensors(members))
+
+
+def log_to_stdout() -> None:
+    """Shows the package's messages in a DeepSpeed job, whose launcher collects stdout, unless logging is set up."""
+    package = logging.getLogger("ds_shampoo")
+    if package.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] [ds_shampoo] %(message)s"))
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+
+
+def _put_floats_first(parameters: list[Tensor]) -> None:
+    """Puts integers, as quantised weights are, behind what is trained.
+
+    ZeRO takes the first parameter's dtype for everyone's, and would round all gradients to bytes.
+    """
+    parameters.sort(key=lambda parameter: not parameter.is_floating_point())
+
+
+def _say_which_optimizer_holds(engine: Any) -> None:
+    """Logs a warning, on the first rank, where one was passed and the config names another; one is Shampoo."""
+    section = config_of(engine).get("optimizer")
+    if engine.client_optimizer is None or not isinstance(section, Mapping) or engine.global_rank:
+        return
+    if isinstance(engine.basic_optimizer, Shampoo) or section.get("type") == TYPE:
+        log_to_stdout()
+        logger.warning(
+            'optimizer = {"type": "%s", ...} in the config does not hold: the engine trains with the %s that was '
+            "passed as optimizer=",
+            section.get("type"), type(engine.basic_optimizer).__name__,
+        )  # fmt: skip
+
+
+def _say_what_is_not_used(engine: Any, trained: Iterable[Tensor]) -> None:
+    """Logs a warning, on the first rank, where a Shampoo was made for what the engine trains with something else."""
+    own = {id(parameter) for parameter in trained}
+    idle = [each for each in unbound if any(id(p) in own for p in parameters_in(each.param_groups))]
+    if not idle or engine.global_rank:
+        return
+    log_to_stdout()
+    logger.warning(
+        "a Shampoo object was made for parameters that this DeepSpeed engine trains with %s: the object trains "
+        'nothing. Pass it as optimizer= of deepspeed.initialize, or name it in the config: "optimizer": {"type": '
+        '"Shampoo", "params": {...}}. Hugging Face\'s Trainer takes no object beside DeepSpeed (optimizers=), and '
+        "Accelerate puts DeepSpeedCPUAdam in its place under offload unless the config has "
+        '"zero_force_ds_cpu_optimizer": false',
+        type(engine.basic_optimizer).__name__,
+    )
+
+
+def _tensors(members: Iterable[Any]) -> Iterator[Tensor]:
+    for member in members:
+        if isinstance(member, Tensor):
+            yield member
+        elif isinstance(member, dict):
+            yield from _tensors([member["params"]] if isinstance(member["params"], Tensor) else member["params"])
+        elif isinstance(member, tuple):
+            yield member[1]

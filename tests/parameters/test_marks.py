@@ -1,0 +1,27 @@
+"""What a model's library wrote on its parameters holds for plain torch too."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ds_shampoo import Shampoo
+from ds_shampoo.parameters.marks import mark_embedding_or_head
+
+
+def test_a_marked_matrix_is_a_head_whatever_its_name() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(6, 6), "to_words": nn.Linear(6, 9)})
+    assert "output head" not in Shampoo(model.parameters(), model=model).describe()
+    mark_embedding_or_head(model["to_words"].weight)  # type: ignore[arg-type, index]
+    for optimizer in (
+        Shampoo(model.parameters(), model=model),
+        Shampoo(model.named_parameters()),
+        Shampoo(model.parameters()),
+    ):
+        (line,) = [line for line in optimizer.describe().splitlines() if "9 x 6" in line]
+        assert "none: output head (embedding: diagonal)" in line
+
+
+def test_megatrons_own_attribute_is_the_mark() -> None:
+    model = nn.Linear(6, 9)
+    model.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+    assert "output head" in Shampoo(model.named_parameters()).describe()
