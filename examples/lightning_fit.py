@@ -85,10 +85,10 @@ def main() -> None:
         max_steps=flags.steps,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
-        val_check_interval=2 * max(1, flags.steps // 4),  # batches
+        val_check_interval=2 * max(1, flags.steps // 4),  # batches; checkpoints are saved then
         check_val_every_n_epoch=None,
         limit_val_batches=8,
-        callbacks=[ModelCheckpoint(flags.output, every_n_train_steps=max(1, flags.steps // 4), save_last=True)],
+        callbacks=[ModelCheckpoint(flags.output, save_last=True)],
         default_root_dir=flags.output,
         logger=False,
     )

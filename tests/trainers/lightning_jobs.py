@@ -69,7 +69,7 @@ def by_lightning(config: dict[str, Any] | None, folder: str, resume: bool = Fals
             val_check_interval=ACCUMULATION * SAVE_AT,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            callbacks=[Watch(), ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVE_AT, save_top_k=-1)],
+            callbacks=[Watch(), ModelCheckpoint(folder, "{step}", save_top_k=-1)],
             default_root_dir=folder,
             logger=False,
             enable_progress_bar=False,

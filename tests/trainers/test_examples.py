@@ -47,7 +47,7 @@ def test_launchers(tmp_path: Path, launcher: str) -> None:
     command = {
         "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", port],
         "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", port],
-        "accelerate": ["accelerate", "launch", "--cpu", "--num_processes", "2", "--main_process_port", port],
+        "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port],
     }[launcher]
     flags = ["--output", str(tmp_path), "--steps", "4"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -54,7 +54,7 @@ def test_betas_by_auto_can_be_ours(pools: Pools, tmp_path: Path) -> None:
         assert not [message for message in one.warnings if "betas" in message]
 
 
-def test_what_trainer_and_shampoo_refuse(pools: Pools, tmp_path: Path) -> None:
+def test_what_trainer_refuses(pools: Pools, tmp_path: Path) -> None:
     """Betas in the JSON that Trainer's arguments do not repeat; and an "auto" that it does not know."""
 
     def message(**settings: object) -> str:
@@ -65,7 +65,7 @@ def test_what_trainer_and_shampoo_refuse(pools: Pools, tmp_path: Path) -> None:
     assert "ds optimizer.params.betas=[0.95, 0.95] vs hf adam_beta1+adam_beta2=[0.9, 0.999]" in message(
         betas=[0.95, 0.95]
     )
-    assert message(block_size="auto").startswith("Shampoo setting 'block_size' = \"auto\": nobody has filled it in")
+    assert message(block_size="auto").startswith("`optimizer.params.block_size` not found in kwargs. ")
 
 
 @pytest.mark.parametrize("stage", [2, 3])

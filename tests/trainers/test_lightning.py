@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.pool import WorkerPool
 from tests.trainers import lightning_jobs
+from tests.trainers.fresh import refusal
 from tests.trainers.models import SHAMPOO
 from tests.trainers.outcome import check
 
@@ -28,6 +29,12 @@ def test_under_deepspeed(pools: Pools, tmp_path: Path, named: dict[str, Any], st
     whole = pools(2).run(lightning_jobs.by_lightning, config, folder)
     check(whole, pools(2).run(lightning_jobs.by_lightning, config, folder, resume=True))
     assert all(one.layout == {2: "FlatLayout", 3: "SubGroupLayout"}[stage] for one in whole)
+
+
+def test_an_auto_that_nobody_fills_in(pools: Pools, tmp_path: Path) -> None:
+    config = {**CONFIG, "optimizer": {"type": "Shampoo", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 2}}
+    for message in pools(2).run(refusal, lightning_jobs.by_lightning, config, str(tmp_path)):
+        assert message.startswith("Shampoo setting 'lr' = \"auto\": nobody has filled it in. ")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
