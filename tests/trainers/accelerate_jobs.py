@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import DummyOptim, set_seed
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ds_shampoo import Shampoo
 from tests.distributed.jobs import flat
@@ -29,19 +29,8 @@ def by_accelerate(config: dict[str, Any] | None, folder: str, resume: bool = Fal
         set_seed(0)
         PartialState(cpu=True)
         accelerator = _accelerator(config)
-        model, found = llama(), Outcome()
-        if config is None:
-            model = accelerator.prepare(model)
-        if config is not None and "optimizer" in config:
-            optimizer: Any = DummyOptim(model.parameters(), lr=4e-3, weight_decay=0.02)
-        else:
-            optimizer = Shampoo(model.parameters(), model=model, lr=4e-3, weight_decay=0.02, **SHAMPOO)
-        train, validation = windows()
-        loaders = DataLoader(train, batch_size=2, shuffle=True), DataLoader(validation, batch_size=2)
-        if config is None:
-            optimizer, batches, held_out = accelerator.prepare(optimizer, *loaders)
-        else:
-            model, optimizer, batches, held_out = accelerator.prepare(model, optimizer, *loaders)
+        found = Outcome()
+        model, optimizer, batches, held_out = _prepared(accelerator, config, *windows())
         schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
         accelerator.register_for_checkpointing(schedule)
         if resume:
@@ -66,6 +55,24 @@ def _accelerator(config: dict[str, Any] | None) -> Accelerator:
         return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
     plugin = DeepSpeedPlugin(hf_ds_config=config, gradient_accumulation_steps=ACCUMULATION, gradient_clipping=1.0)
     return Accelerator(deepspeed_plugin=plugin)
+
+
+def _prepared(accelerator: Accelerator, config: dict[str, Any] | None, *texts: Dataset[Any]) -> Any:
+    """The model, its optimizer and the batches of both texts, as Accelerate wraps them."""
+    train, validation = texts
+    loaders = DataLoader(train, batch_size=2, shuffle=True), DataLoader(validation, batch_size=2)
+    model: Any = llama()
+    optimizer: Any
+    if config is None:
+        model = accelerator.prepare(model)  # first: ranks share the work where Shampoo knows the wrapped model
+        optimizer = Shampoo(model.parameters(), model=model, lr=4e-3, weight_decay=0.02, **SHAMPOO)
+        accelerator.register_save_state_pre_hook(lambda *_: optimizer.consolidate_state_dict())
+        return model, *accelerator.prepare(optimizer, *loaders)
+    if "optimizer" in config:
+        optimizer = DummyOptim(model.parameters(), lr=4e-3, weight_decay=0.02)
+    else:
+        optimizer = Shampoo(model.parameters(), lr=4e-3, weight_decay=0.02, **SHAMPOO)
+    return accelerator.prepare(model, optimizer, *loaders)
 
 
 def _steps(accelerator: Accelerator, model: Any, optimizer: Any, batches: Any) -> Iterator[float]:
