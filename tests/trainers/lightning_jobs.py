@@ -44,8 +44,9 @@ class Small(lightning.LightningModule):
 class Watch(Callback):
     """Keeps the weights after every step."""
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        pl_module.found.weights[trainer.global_step] = flat(pl_module.gpt)
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % ACCUMULATION == 0:
+            pl_module.found.weights[trainer.global_step] = flat(pl_module.gpt)
 
 
 def by_lightning(config: dict[str, Any] | None, folder: str, resume: bool = False) -> Outcome:
