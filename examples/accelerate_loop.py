@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
-from accelerate.utils import DummyOptim, set_seed
+from accelerate.utils import DataLoaderConfiguration, DummyOptim, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,7 +38,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         PartialState(cpu=True)  # else Accelerate takes every rank for the only one
     plugin = DeepSpeedPlugin(hf_ds_config=flags.deepspeed, gradient_accumulation_steps=2, gradient_clipping=1.0)
-    accelerator = Accelerator(deepspeed_plugin=plugin)
+    order = DataLoaderConfiguration(use_seedable_sampler=True)  # the same when the run goes on
+    accelerator = Accelerator(deepspeed_plugin=plugin, dataloader_config=order)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
-from accelerate.utils import DummyOptim, set_seed
+from accelerate.utils import DataLoaderConfiguration, DummyOptim, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
@@ -51,10 +51,11 @@ def by_accelerate(config: dict[str, Any] | None, folder: str, resume: bool = Fal
 
 
 def _accelerator(config: dict[str, Any] | None) -> Accelerator:
+    order = DataLoaderConfiguration(use_seedable_sampler=True)  # else one process shuffles anew when it goes on
     if config is None:
-        return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
+        return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION, dataloader_config=order)
     plugin = DeepSpeedPlugin(hf_ds_config=config, gradient_accumulation_steps=ACCUMULATION, gradient_clipping=1.0)
-    return Accelerator(deepspeed_plugin=plugin)
+    return Accelerator(deepspeed_plugin=plugin, dataloader_config=order)
 
 
 def _prepared(accelerator: Accelerator, config: dict[str, Any] | None, *texts: Dataset[Any]) -> Any:
@@ -65,9 +66,10 @@ def _prepared(accelerator: Accelerator, config: dict[str, Any] | None, *texts: D
     optimizer: Any
     if config is None:
         model = accelerator.prepare(model)  # first: ranks share the work where Shampoo knows the wrapped model
-        optimizer = Shampoo(model.parameters(), model=model, lr=4e-3, weight_decay=0.02, **SHAMPOO)
-        accelerator.register_save_state_pre_hook(lambda *_: optimizer.consolidate_state_dict())
-        return model, *accelerator.prepare(optimizer, *loaders)
+        shampoo = Shampoo(model.parameters(), model=model, lr=4e-3, weight_decay=0.02, **SHAMPOO)
+        optimizer = accelerator.prepare_optimizer(shampoo, device_placement=False)  # it is where the model is
+        accelerator.register_save_state_pre_hook(lambda *_: shampoo.consolidate_state_dict())
+        return model, optimizer, *accelerator.prepare(*loaders)
     if "optimizer" in config:
         optimizer = DummyOptim(model.parameters(), lr=4e-3, weight_decay=0.02)
     else:

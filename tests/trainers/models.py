@@ -42,7 +42,7 @@ def deepspeed_json(stage: int, named: bool = True, **settings: Any) -> dict[str,
     return config
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2(dropout: float = 0.1) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,
@@ -50,6 +50,9 @@ def gpt2() -> GPT2LMHeadModel:
             n_embd=WIDTH,
             n_layer=1,
             n_head=2,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
             bos_token_id=0,
             eos_token_id=0,
         )
