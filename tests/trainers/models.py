@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from examples.text import VOCABULARY, Windows, read
 
@@ -42,8 +42,9 @@ def deepspeed_json(stage: int, named: bool = True, **settings: Any) -> dict[str,
     return config
 
 
-def gpt2(dropout: float = 0.1) -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(
+def gpt2(dropout: float = 0.1) -> PreTrainedModel:
+    """Made as `from_pretrained` makes it: partitioned from the beginning, where Trainer has a JSON with ZeRO 3."""
+    return AutoModelForCausalLM.from_config(
         GPT2Config(
             vocab_size=VOCABULARY,
             n_positions=CONTEXT,
@@ -59,8 +60,9 @@ def gpt2(dropout: float = 0.1) -> GPT2LMHeadModel:
     )
 
 
-def llama(vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
+def llama(vocabulary: int = VOCABULARY) -> PreTrainedModel:
+    """As `gpt2`."""
+    return AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=WIDTH,
