@@ -31,6 +31,18 @@ def parse_cores(cores: object) -> object:
     return cores
 
 
+def parse_parts(parts: object) -> object:
+    """How a matrix divides that others were fused into: in so many equal parts, or in parts of these lengths.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    lengths = parts if isinstance(parts, list) and parts else [parts]
+    if not all(type(length) is int and length > 0 for length in lengths):
+        raise ValueError("must be a number of equal parts, or a list of the parts' lengths, each at least 1")
+    return parts
+
+
 def _core_run(text: str) -> list[object]:
     """The cores of "5" or "2-4"; [None] for anything else."""
     first, dash, last = text.partition("-")
@@ -160,8 +172,9 @@ class ShampooConfig(GroupSettings):
     """Everything the JSON's `optimizer.params` section may hold: the group settings and the job-wide ones."""
 
     # By patterns of parameters' names.
-    roles: dict[str, Literal["weight", "embedding", "head", "none"]] | None = None
+    roles: dict[str, Literal["weight", "embedding", "head", "lora", "none"]] | None = None
     batch_dims: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    fused: dict[str, Annotated[int | list[int], BeforeValidator(parse_parts)]] | None = None
     exchange_dtype: Dtype = "float32"
     root_overlap: bool = True
     root_delay: Annotated[int, Field(ge=0)] | None = None

@@ -79,10 +79,13 @@ class Shampoo(Optimizer):
         root_dtype: "float32" or "bfloat16", in which roots are kept between steps.
         root_refresh_threshold: skip a root whose statistic moved less than this; 0 never skips.
         max_root_failures: boundaries without a new root after which a block takes its grafting step.
-        roles: by pattern of parameters' names, as `fnmatch` takes it: "weight", "embedding", "head" or "none" (grafting
-            only), where names and modules tell it wrongly. The first pattern that matches holds; None for no pattern.
+        roles: by pattern of parameters' names, as `fnmatch` takes it: "weight", "embedding", "head", "lora" (its rank's
+            side only) or "none" (grafting only), where names and modules tell it wrongly. The first pattern that
+            matches holds; None for no pattern.
         batch_dims: by such patterns, how many leading dimensions number independent matrices, as a layer's experts; 0
             for one tensor. None for what names and modules tell.
+        fused: by such patterns, the matrices that one holds side by side, as queries, keys and values: how many of one
+            size, or the length of each along rows or columns; 1 for one matrix. None for what names and modules tell.
         exchange_dtype: "float32" or "bfloat16", of what travels between ranks.
         root_overlap: compute roots on background host threads; False computes them within the step.
         root_delay: steps from a root's statistics to the step at which it is put in force, at most root_interval;
@@ -128,8 +131,9 @@ class Shampoo(Optimizer):
         root_dtype: Dtype = "float32",
         root_refresh_threshold: float = 0.0,
         max_root_failures: int = 5,
-        roles: dict[str, Literal["weight", "embedding", "head", "none"]] | None = None,
+        roles: dict[str, Literal["weight", "embedding", "head", "lora", "none"]] | None = None,
         batch_dims: dict[str, int] | None = None,
+        fused: dict[str, int | list[int]] | None = None,
         exchange_dtype: Dtype = "float32",
         root_overlap: bool = True,
         root_delay: int | None = None,
@@ -485,7 +489,6 @@ class Shampoo(Optimizer):
         resuming.check_groups(state_dict, self.param_groups)
         if not self.layout.keeps_blocks_apart:
             return resuming.adapted(state_dict, self.param_groups, self._subgroups.logical)
-        self.took_up_shampoo = "blocks" in state_dict
         groups = resuming.with_present_settings(state_dict, self.param_groups, self.made())
         return {**state_dict, "param_groups": groups}
 

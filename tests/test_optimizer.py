@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_shampoo import SettingsError, Shampoo, ShampooConfig
-from ds_shampoo.step.sharded_group import ShardedGroup
+from ds_shampoo.step.work import StepWork
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "block_size": 4, "root_interval": 3}
 # Roots of the present statistics at every step.
@@ -456,11 +456,11 @@ def test_shards_on_another_device_are_staged(monkeypatch: pytest.MonkeyPatch, gr
     run(Shampoo(here, grafting=grafting, **SETTINGS), here, range(8))
     copied: list[Tensor] = []
 
-    def stage(_: ShardedGroup, vector: Tensor, waited_for_later: bool) -> Tensor:
+    def stage(_: StepWork, vector: Tensor, waited_for_later: bool) -> Tensor:
         copied.append(vector.clone())
         return copied[-1]
 
-    monkeypatch.setattr(ShardedGroup, "_stage", stage)
+    monkeypatch.setattr(StepWork, "_stage", stage)
     run(Shampoo(staged, grafting=grafting, **SETTINGS), staged, range(8))
     assert copied
     assert equal(here, staged)

@@ -66,6 +66,32 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
+class Parts:
+    """How a matrix divides that several were fused into: queries, keys and values, or gate and up projection.
+
+    Attributes:
+        dim: the dimension along which they lie one after another, 0 or 1.
+        lengths: of all of them along it, in their order.
+    """
+
+    dim: int
+    lengths: tuple[int, ...]
+
+    def fit(self, dims: Sequence[int]) -> bool:
+        """Whether a matrix of these dimensions divides so."""
+        return len(dims) == 2 and min(self.lengths) > 0 and sum(self.lengths) == dims[self.dim]
+
+    def boxes(self, dims: Sequence[int]) -> list[Section]:
+        """Each part of a matrix of these dimensions as a section of it."""
+        found: list[Section] = []
+        for start, length in zip(itertools.accumulate(self.lengths, initial=0), self.lengths, strict=False):
+            at, shape = [0, 0], list(dims)
+            at[self.dim], shape[self.dim] = start, length
+            found.append(Section(tuple(at), tuple(shape), tuple(at)))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class BlockedParameter:
     """A parameter's merged shape, and the blocks that tile it."""
 
@@ -107,6 +133,11 @@ def matrix_shape(shape: Sequence[int], batch: int) -> tuple[int, ...]:
     return tuple(dims)
 
 
+def matrix_dims(shape: Sequence[int], batch: int) -> tuple[int, ...]:
+    """The dimensions above 1, or 0, of each of the matrices in a tensor; see `matrix_shape`."""
+    return tuple(dim for dim in matrix_shape(shape, batch) if dim != 1)
+
+
 def cut(
     parameter: str,
     shape: Sequence[int],
@@ -118,6 +149,7 @@ def cut(
     skip_dim: int | None = None,
     sections: Sequence[Section] | None = None,
     batch: int = 1,
+    parts: Parts | None = None,
 ) -> BlockedParameter | None:
     """Cuts a parameter of `shape` into blocks (section 1 of docs/algorithm.md).
 
@@ -130,19 +162,24 @@ def cut(
             it. None where the parameter is one section.
         batch: so many independent matrices lie one after another in the parameter (`matrix_shape`); each is cut by
             itself, and merging and limits are about its own dimensions.
+        parts: the matrices that were fused into this one, or into each of the batch; each is cut by itself, and limits
+            are about the largest of them. Not together with `sections`.
 
     Returns:
         None where nothing is left to precondition: fewer than two dimensions above 1, or none within the limits.
     """
-    dims = tuple(dim for dim in matrix_shape(shape, batch) if dim != 1)
+    dims = matrix_dims(shape, batch)
     if len(dims) < 2 or 0 in dims:
         return None
-    if sections is None:
-        dims = merge_small_dims(dims, block_size) if merge else dims
-        boxes: Sequence[Section] = [Section((0,) * len(dims), dims, (0,) * len(dims))]
-    else:
+    if sections is not None:
         boxes = sections
-    extent = [max(box.origin[i] + box.shape[i] for box in boxes) for i in range(len(dims))]
+    elif parts is not None:
+        boxes = parts.boxes(dims)
+    else:
+        dims = merge_small_dims(dims, block_size) if merge else dims
+        boxes = [Section((0,) * len(dims), dims, (0,) * len(dims))]
+    ends = [box.shape if parts is not None else tuple(map(operator.add, box.origin, box.shape)) for box in boxes]
+    extent = [max(each) for each in zip(*ends, strict=True)]
     limit = math.inf if max_preconditioner_dim is None else max_preconditioner_dim
     skipped = None if skip_dim is None else skip_dim % len(dims)
     preconditioned = [i for i, dim in enumerate(extent) if dim <= limit and i != skipped]

@@ -47,6 +47,8 @@ _OLD_PARAMETRIZED = re.compile(r"(?<=\.)(\w+)_(?:g|v|orig)$")
 _LORA = re.compile(r"\.(?P<factor>lora_(?:embedding_)?[AB])(?:\.[^.]+)?(?:\.weight)?$")
 # Which dimension of a LoRA factor beside an embedding or a head runs over the vocabulary.
 _VOCABULARY_OF_LORA = {"lora_embedding_A": -1, "lora_embedding_B": None, "lora_A": None, "lora_B": 0}
+# And which one runs over the rank, of any.
+_RANK_OF_LORA = {"lora_embedding_A": 0, "lora_embedding_B": -1, "lora_A": 0, "lora_B": -1}
 
 
 class Role(enum.Enum):
@@ -57,6 +59,7 @@ class Role(enum.Enum):
     HEAD = "output head"
     ELEMENTWISE = "used elementwise"
     DEPTHWISE = "depthwise convolution"
+    LORA = "LoRA factor"
     NONE = 'role "none"'
 
 
@@ -65,14 +68,16 @@ class Kind:
     """What a parameter is.
 
     Attributes:
-        role: weight, embedding, head, or why it is never preconditioned.
+        role: weight, LoRA factor, embedding, head, or why it is never preconditioned.
         vocabulary_dim: of an embedding or head, the dimension over the vocabulary: 0, -1, or None for neither.
         batch: so many independent matrices lie one after another in it.
+        rank_dim: of a LoRA factor, the dimension over the rank: 0 or -1; None for anything else.
     """
 
     role: Role = Role.WEIGHT
     vocabulary_dim: int | None = 0
     batch: int = 1
+    rank_dim: int | None = None
 
 
 _Members: TypeAlias = Sequence[tuple[str, Tensor]]
@@ -113,6 +118,12 @@ def plain_name(name: str) -> str:
     return _OLD_PARAMETRIZED.sub(r"\1", _PARAMETRIZED.sub(r"\1", name))
 
 
+def lora_factor(name: str) -> str | None:
+    """Which of LoRA's factors a parameter is, as PEFT names them: "lora_A", say; None for anything else."""
+    found = _LORA.search(name)
+    return found["factor"] if found else None
+
+
 def kinds(model: nn.Module, reader: Reader = PLAIN) -> dict[int, Kind]:
     """What every parameter of a model is, by `id(parameter)`.
 
@@ -140,15 +151,17 @@ def roles(model: nn.Module, reader: Reader = PLAIN) -> dict[int, Role]:
 
 def name_kind(name: str, parameter: Tensor, reader: Reader = PLAIN) -> Kind:
     """What a parameter's own attributes and name suggest, where no module is at hand."""
-    shape, lora = reader.shape_of(parameter), _LORA.search(name)
+    shape, lora = reader.shape_of(parameter), lora_factor(name)
     parts = plain_name(name).split(".")
     held_by = parts[-2] if len(parts) > 1 else ""
     leaf = parts[-1]
     fused = held_by == _EXPERTS and not leaf.isdecimal() and len(shape) > (1 if leaf.endswith("bias") else 2)
+    role = _name_role(parts, parameter, reader)
     return Kind(
-        _name_role(parts, parameter, reader),
-        _VOCABULARY_OF_LORA[lora["factor"]] if lora else 0,
+        Role.LORA if lora and role is Role.WEIGHT and len(shape) > 1 else role,
+        _VOCABULARY_OF_LORA[lora] if lora else 0,
         shape[0] if fused else 1,
+        _RANK_OF_LORA[lora] if lora else None,
     )
 
 

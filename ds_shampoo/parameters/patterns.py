@@ -1,4 +1,4 @@
-"""What the user says of parameters by name: the settings `roles` and `batch_dims`, whose keys are name patterns."""
+"""What the user says of parameters by name: the settings `roles`, `batch_dims` and `fused`, by patterns of names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from ds_shampoo.algorithm import selection
+from ds_shampoo.algorithm.blocks import Parts, matrix_dims
 from ds_shampoo.algorithm.selection import Kind, Role
 from ds_shampoo.config import SettingsError, ShampooConfig
 from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.partition import LogicalParameter
 
-ROLES = {"weight": Role.WEIGHT, "embedding": Role.EMBEDDING, "head": Role.HEAD, "none": Role.NONE}
+ROLES = {
+    "weight": Role.WEIGHT,
+    "embedding": Role.EMBEDDING,
+    "head": Role.HEAD,
+    "lora": Role.LORA,
+    "none": Role.NONE,
+}
 
+_SIDES = ("rows", "columns")
 # Names that an error shows of all that there are.
 _SHOWN = 3
 
@@ -37,9 +45,41 @@ def overruled(config: ShampooConfig, parameter: Named, found: Kind) -> Kind:
     dims = _first_match(config.batch_dims, parameter.names)
     if role is not None:
         found = replace(found, role=ROLES[role])
+    if role == "lora" and found.rank_dim is None:  # of a kind that its name does not tell
+        found = replace(found, rank_dim=0 if parameter.shape[0] <= math.prod(parameter.shape[1:]) else -1)
     if dims is not None:
         found = replace(found, batch=math.prod(parameter.shape[:dims]))
     return found
+
+
+def parts(config: ShampooConfig, parameter: Named, batch: int, found: Parts | None) -> Parts | None:
+    """What a parameter is fused of: what was found, or what the setting's patterns say; None for one matrix.
+
+    Raises:
+        SettingsError: where the setting does not fit the parameter.
+    """
+    dims, asked = matrix_dims(parameter.shape, batch), _first_match(config.fused, parameter.names)
+    if asked is None:
+        return found if found is not None and found.fit(dims) and len(found.lengths) > 1 else None
+    says = f"Shampoo setting 'fused' says {asked} of '{parameter.names[-1]}' of shape {parameter.shape}"
+    if len(dims) != 2:
+        raise SettingsError(f"{says}: it is no matrix; let the pattern match matrices only")
+    outputs = 0 if found is None else found.dim
+    if isinstance(asked, int):
+        made = Parts(outputs, (dims[outputs] // asked,) * asked)
+        why = f"its {_SIDES[outputs]}, {dims[outputs]}, do not divide so"
+    else:
+        along = outputs if sum(asked) == dims[outputs] else 1 - outputs
+        made = Parts(along, tuple(asked))
+        why = f"they add up to {sum(asked)}, but it has {dims[0]} rows and {dims[1]} columns"
+    if not made.fit(dims):
+        raise SettingsError(f"{says}: {why}")
+    return made if len(made.lengths) > 1 else None
+
+
+def asks_for_parts(config: ShampooConfig, names: Sequence[str]) -> bool:
+    """Whether the setting `fused` has a pattern that one of these names matches."""
+    return _first_match(config.fused, names) is not None
 
 
 def named(model: nn.Module | None, groups: Iterable[Iterable[LogicalParameter]], layout: Layout) -> Iterator[Named]:
@@ -67,10 +107,10 @@ def check(
     Raises:
         SettingsError: for a pattern that matches no parameter, and for batch dimensions that leave no matrix.
     """
-    if not config.roles and not config.batch_dims:
+    if not config.roles and not config.batch_dims and not config.fused:
         return
     everyones = over_ranks(list(parameters))
-    for key, patterns in (("roles", config.roles), ("batch_dims", config.batch_dims)):
+    for key, patterns in (("roles", config.roles), ("batch_dims", config.batch_dims), ("fused", config.fused)):
         for pattern in patterns or ():
             if not any(_matches(pattern, parameter.names) for parameter in everyones):
                 known = [parameter.names[-1] for parameter in everyones]

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_shampoo import accelerators
-from ds_shampoo.algorithm import selection
+from ds_shampoo.algorithm import fused, selection
+from ds_shampoo.algorithm.blocks import Parts
+from ds_shampoo.algorithm.selection import Kind
 from ds_shampoo.config import SettingsError, ShampooConfig
 from ds_shampoo.parameters import marks, patterns, wrappers
 from ds_shampoo.sharding.layout import Layout
@@ -32,6 +34,9 @@ class Parameters:
         self._reader = selection.Reader(layout.shape, marks.is_embedding_or_head)
         self._kinds = selection.kinds(model, self._reader) if model is not None else {}
         self._aliases = selection.aliases(model) if model is not None else {}
+        self._parts = fused.parts(model, self._reader) if model is not None else {}
+        # What does not fit of the settings' patterns; None once all ranks have heard of it.
+        self._misfits: list[str] | None = []
         self.model_order = tuple(self._names)
         self.have_names = bool(self._aliases)
 
@@ -79,17 +84,38 @@ class Parameters:
         found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor, self._reader)
         known_as = patterns.Named((*self._aliases.get(id(tensor), ()), own_name, name), shape)
         kind = patterns.overruled(self._config, known_as, found)
+        sections = self.layout.sections(own_name, tensor)
         return LogicalParameter(
             name,
             tensor,
             shape,
             kind.role,
             excluded,
-            self.layout.sections(own_name, tensor),
+            sections,
             unfit,
             vocabulary_dim=kind.vocabulary_dim,
             batch=kind.batch,
+            rank_dim=kind.rank_dim,
+            parts=self._fused(known_as, kind, tensor, sliced=sections is not None),
         )
+
+    def _fused(self, known_as: patterns.Named, kind: Kind, tensor: Tensor, *, sliced: bool) -> Parts | None:
+        """The parts of a fused matrix; None for one that the layout cuts at its parts' borders itself."""
+        try:
+            if sliced:
+                if patterns.asks_for_parts(self._config, known_as.names):
+                    raise SettingsError(
+                        f"Shampoo setting 'fused' has a pattern for '{known_as.names[-1]}', which is cut as Megatron "
+                        "slices and fuses it: leave it out"
+                    )
+                return None
+            by_name = None if self._aliases else fused.parts_by_name(known_as.names[-1], known_as.shape)
+            return patterns.parts(self._config, known_as, kind.batch, self._parts.get(id(tensor), by_name))
+        except SettingsError as error:
+            if self._misfits is None:
+                raise
+            self._misfits.append(str(error))
+            return None
 
     def check_patterns(self, groups: Iterable[Iterable[LogicalParameter]]) -> None:
         """Holds the settings' name patterns against all names, on all ranks together; once they held, never again.
@@ -101,4 +127,8 @@ class Parameters:
             return
         named = patterns.named(self.model, groups, self.layout)
         patterns.check(self._config, named, self.layout.over_ranks)
+        misfits, self._misfits = self._misfits or [], None
+        if self._config.fused:
+            for misfit in self.layout.over_ranks(misfits):
+                raise SettingsError(misfit)
         self._patterns_hold = True

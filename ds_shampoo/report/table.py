@@ -34,10 +34,14 @@ class _Row:
 
     shape: tuple[int, ...]
     reason: str
+    parts: int = 1
     parameters: int = 0
     blocks: Counter[tuple[int, ...]] = field(default_factory=Counter)
     owners: Counter[int] = field(default_factory=Counter)
     bytes: int = 0
+
+    def alike(self, other: _Row) -> bool:
+        return (self.shape, self.reason, self.parts) == (other.shape, other.reason, other.parts)
 
 
 def render(tables: Sequence[BlockTable]) -> str:
@@ -52,7 +56,7 @@ def render(tables: Sequence[BlockTable]) -> str:
         owners = ", ".join(f"{rank}: {row.owners[rank]}" for rank in sorted(row.owners))
         table.add_row(
             label,
-            _by(row.shape),
+            _by(row.shape) + (f" ({row.parts} parts)" if row.parts > 1 else ""),
             blocks or f"none: {row.reason}",
             owners,
             human_bytes(row.bytes) if row.bytes else "",
@@ -136,9 +140,10 @@ def _rows(tables: Sequence[BlockTable]) -> dict[str, _Row]:
         for name, (blocked, reason) in block_table.blocked.items():
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
             shape = block_table.shapes[name]
-            if pattern in rows and (rows[pattern].shape, rows[pattern].reason) != (shape, reason):
+            own = _Row(shape, reason, block_table.parts[name])
+            if pattern in rows and not rows[pattern].alike(own):
                 pattern = name
-            row = rows.setdefault(pattern, _Row(shape, reason))
+            row = rows.setdefault(pattern, own)
             row.parameters += 1
             for block in blocked.blocks if blocked is not None else ():
                 row.blocks[block.matrix_shape] += 1

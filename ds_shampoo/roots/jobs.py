@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.roots import Outcome, between_pieces, inverse_root
+from ds_shampoo.algorithm.roots import ZERO_BELOW, Outcome, between_pieces, inverse_root
 from ds_shampoo.algorithm.triangle import unpack
 from ds_shampoo.roots.transfer import HostCopy, Transfers
 
 # New gradients that add less than this to what is left of a statistic are as good as none.
 _NEGLIGIBLE = 1e-4
+# What rounding may add to a number at each product with b: a part of it, and below the normal ones up to a step.
+_FP32 = torch.finfo(torch.float32)
+_SUBNORMAL_STEP = _FP32.tiny * _FP32.eps
 
 
 class Verdict(enum.Enum):
@@ -24,7 +27,7 @@ class Verdict(enum.Enum):
     FALLBACK = "fallback"  # accepted from a later rung of the chain
     SKIPPED = "skipped"  # the statistic has hardly moved: the former root is rescaled
     KEPT = "kept"  # the statistic has done nothing but decay: the former root stays as it is
-    ZERO = "zero"  # the statistic is zero: there is nothing to precondition with yet
+    ZERO = "zero"  # the statistic is as good as zero: there is nothing to compute a root from
     REJECTED = "rejected"  # no rung gave a root
     NOT_FINITE = "not finite"  # neither is there one, nor will there be from this statistic
 
@@ -114,6 +117,8 @@ class RootJob:
             return RootAnswer(Verdict.NOT_FINITE, "the statistic is not finite")
         if largest > 0 and self._only_decayed(trace):
             return RootAnswer(Verdict.KEPT)
+        if largest < ZERO_BELOW:  # before anything is held against it, or rescaled by it
+            return RootAnswer(Verdict.ZERO)
         before = None if self.former is None else self.former.statistic
         if before is not None and self.threshold > 0:
             moved, scale = relative_move(before, matrix)
@@ -134,14 +139,18 @@ class RootJob:
         """Whether tr L <= bᵏ tr L₀ (1 + 1e-4), with L₀ the factor of the root in force and k updates since.
 
         L is bᵏ L₀ and a sum of G Gᵀ, whose trace is the sum of their squares: what is compared is all of the new
-        gradients against all that is left of the old ones. That of b and of every product with it may be rounded up.
+        gradients against all that is left of the old ones. That of b and of every product with it may be rounded up:
+        by a part of itself, and where a diagonal element is below the normal numbers by a constant, of which 1 + b +
+        b² + .. are there in the end. A b above 0.5 keeps such an element from ever becoming zero.
         """
         former = self.former
         if former is None or not 0 < former.updates <= self.updates:
             return False
         since = self.updates - former.updates
-        rounding = since * torch.finfo(torch.float32).eps
-        return trace <= self.beta**since * former.trace * (1 + _NEGLIGIBLE + rounding)
+        rounding = since * _FP32.eps
+        constants = since if self.beta == 1 else min(since, 1 / (1 - self.beta))
+        left = self.beta**since * former.trace * (1 + _NEGLIGIBLE + rounding)
+        return trace <= left + self.order * constants * _SUBNORMAL_STEP
 
 
 def relative_move(former: Tensor, present: Tensor) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.algorithm.blocks import Parts, Section
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.sharding.fragments import Fragment
 
@@ -28,6 +28,8 @@ class LogicalParameter:
         unfit: what keeps it from being trained, as a quantised weight that nobody trains; empty for an ordinary one.
         vocabulary_dim: of an embedding or head, the dimension over the vocabulary: 0, -1, or None for neither.
         batch: so many independent matrices lie one after another in it, as a layer's experts do.
+        rank_dim: of a LoRA factor, the dimension over the rank: 0 or -1; None for anything else.
+        parts: the matrices that are fused in it, or in each of its batch; None for one matrix, or with `sections`.
     """
 
     name: str
@@ -39,6 +41,8 @@ class LogicalParameter:
     unfit: str = ""
     vocabulary_dim: int | None = 0
     batch: int = 1
+    rank_dim: int | None = None
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)

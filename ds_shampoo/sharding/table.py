@@ -24,6 +24,7 @@ class BlockTable:
         partition: where the elements lie.
         shapes: by name, each parameter's full shape.
         batches: by name, how many independent matrices each parameter holds.
+        parts: by name, how many matrices are fused in each parameter, or in each of its batch.
         blocked: by name, each parameter's blocks, or None with the reason why it has none.
         blocks: all blocks in an order that all ranks share; a block's ordinal is its place here.
         pieces: the parts of the blocks on all ranks.
@@ -34,6 +35,7 @@ class BlockTable:
     partition: Partition
     shapes: dict[str, tuple[int, ...]]
     batches: dict[str, int]
+    parts: dict[str, int]
     blocked: dict[str, tuple[BlockedParameter | None, str]]
     blocks: list[Block]
     pieces: list[Piece]
@@ -112,7 +114,8 @@ def block_table(
     shapes = {parameter.name: parameter.shape for parameter in parameters}
     batches = {parameter.name: parameter.batch for parameter in parameters}
     state_bytes = [cost.state_bytes(block, DTYPES[settings.root_dtype].itemsize) for block in blocks]
-    return BlockTable(partition, shapes, batches, blocked, blocks, pieces, owners, state_bytes)
+    parts = {parameter.name: len(parameter.parts.lengths) if parameter.parts else 1 for parameter in parameters}
+    return BlockTable(partition, shapes, batches, parts, blocked, blocks, pieces, owners, state_bytes)
 
 
 def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[BlockedParameter | None, str]:
@@ -124,18 +127,19 @@ def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[Bl
         return None, "preconditioned: false"
     if vocabulary and settings.embedding == "diagonal":
         return None, f"{parameter.role.value} (embedding: diagonal)"
-    if not vocabulary and parameter.role is not Role.WEIGHT:
+    if not vocabulary and parameter.role not in (Role.WEIGHT, Role.LORA):
         return None, parameter.role.value
     blocked = cut(
         parameter.name,
-        parameter.shape,
+        _unfolded(parameter),
         block_size=settings.block_size,
         max_preconditioner_dim=settings.max_preconditioner_dim,
         max_factor_ratio=settings.max_factor_ratio,
         merge=settings.merge_small_dims,
-        skip_dim=parameter.vocabulary_dim if vocabulary and settings.embedding == "one_sided" else None,
+        skip_dim=_spared_dim(parameter, settings),
         sections=parameter.sections,
         batch=parameter.batch,
+        parts=parameter.parts,
     )
     if blocked is not None:
         return blocked, ""
@@ -143,6 +147,21 @@ def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[Bl
     if sum(dim > 1 for dim in each) < 2:
         return None, "fewer than two dims above 1" + (f" in each of {parameter.batch}" if parameter.batch > 1 else "")
     return None, "every dim is above max_preconditioner_dim"
+
+
+def _spared_dim(parameter: LogicalParameter, settings: GroupSettings) -> int | None:
+    """The dimension that is left out by a parameter's role: the long one of a LoRA factor, or the vocabulary's."""
+    if parameter.rank_dim is not None and parameter.role is not Role.WEIGHT:
+        return -1 if parameter.rank_dim == 0 else 0
+    vocabulary = parameter.role in (Role.EMBEDDING, Role.HEAD)
+    return parameter.vocabulary_dim if vocabulary and settings.embedding == "one_sided" else None
+
+
+def _unfolded(parameter: LogicalParameter) -> tuple[int, ...]:
+    """A parameter's shape; a LoRA factor's before a convolution, whose long side is several dimensions, as a matrix."""
+    if parameter.role is Role.LORA and parameter.rank_dim == 0 and parameter.batch == 1:
+        return parameter.shape[0], math.prod(parameter.shape[1:])
+    return parameter.shape
 
 
 def _not_trained(parameter: LogicalParameter) -> str:

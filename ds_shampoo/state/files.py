@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.state.foreign import differs
 from ds_shampoo.state.index import (
     FORMAT,
@@ -107,12 +108,15 @@ class BlockReader:
     def blocks(self) -> Collection[str]:
         return self._home.keys()
 
-    def holds(self, block: str, origin: Sequence[int], shape: Sequence[int]) -> bool:
-        """Whether a block of this name is there, and is the same piece of its parameter."""
-        if block not in self._home:
+    def holds(self, block: Block) -> bool:
+        """Whether a block of this name is there, is the same piece of its parameter, and has as many factors."""
+        name = str(block)
+        if name not in self._home:
             return False
-        saved = self._home[block].blocks[block].state
-        return bool(saved.get("origin") == list(origin) and saved.get("shape") == list(shape))
+        saved = self._home[name].blocks[name].state
+        same = saved.get("origin") == list(block.origin) and saved.get("shape") == list(block.shape)
+        factors = saved.get("factors")
+        return bool(same and not (isinstance(factors, list) and len(factors) != len(block.preconditioned)))
 
     def fetch(self, blocks: Collection[str]) -> None:
         """Reads these blocks into host memory, where `read` finds them; files that change later change nothing.

@@ -18,6 +18,8 @@ logger = logging.getLogger("ds_shampoo")
 
 # Settings that decide which blocks there are; a checkpoint made with others can't be taken up.
 STRUCTURAL = ("block_size", "max_preconditioner_dim", "max_factor_ratio", "merge_small_dims", "embedding")
+# Releases before this rule cut fused matrices as one, and gave LoRA's long sides factors: such blocks start fresh.
+_RULE = {"rule": "fused parts apart, LoRA by its rank"}
 
 
 def blocks_state(groups: Iterable[ShardedGroup]) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def check(subgroups: Sequence[BoundSubgroup], reader: BlockReader) -> None:
     fitting: dict[str, Block] = {}
     for subgroup in subgroups:
         for block in (owned.block for owned in subgroup.sharded.owned_blocks):
-            if reader.holds(str(block), block.origin, block.shape):
+            if reader.holds(block):
                 fitting[str(block)] = block
             elif same_cut:
                 raise CheckpointError(
@@ -105,7 +107,7 @@ def restore(subgroups: Sequence[BoundSubgroup], reader: BlockReader) -> None:
             _count_as_saved(name, state, reader)
         for owned in subgroup.sharded.owned_blocks:
             block = owned.block
-            if reader.holds(str(block), block.origin, block.shape):
+            if reader.holds(block):
                 owned.load(reader.read(str(block)), subgroup.settings)
             else:
                 fresh.append(str(block))
@@ -130,6 +132,6 @@ def _count_as_saved(name: str, state: dict[str, Any], reader: BlockReader) -> No
 
 
 def _cuts(subgroups: Sequence[BoundSubgroup]) -> list[dict[str, Any]]:
-    """The settings by which blocks are cut, of each param group once."""
-    cuts = [{key: getattr(subgroup.settings, key) for key in STRUCTURAL} for subgroup in subgroups]
+    """The settings by which blocks are cut, of each param group once, and the rule, where it changed with a release."""
+    cuts = [{**{key: getattr(subgroup.settings, key) for key in STRUCTURAL}, **_RULE} for subgroup in subgroups]
     return [cut for number, cut in enumerate(cuts) if cut not in cuts[:number]]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ds_shampoo.frameworks.megatron import internals
+
 _CPU = torch.device("cpu")
 
 
@@ -22,29 +24,24 @@ def stand_in() -> None:
     """Puts the CPU in CUDA's place for Megatron; to be called before the model is built, again to no effect."""
     if torch.cuda.is_available():
         return
-    from megatron.core.fusions import fused_softmax
-    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    replaced: list[tuple[Any, dict[str, Callable[..., Any]]]] = [
-        (torch.cuda, {"current_device": lambda: _CPU, "manual_seed": torch.manual_seed, "synchronize": lambda: None}),
-        (torch.cuda, {"current_stream": lambda device=None: torch.cpu.current_stream()}),  # 0.19 asks for it
-        (torch.cuda, {"get_rng_state": _get_rng_state, "set_rng_state": _set_rng_state}),
-        (random, {"_get_cuda_rng_state": _get_rng_state, "_set_cuda_rng_state": _set_rng_state}),
-        (fused_softmax, {"get_default_causal_mask": _causal_mask}),  # recomputed in backward, where no mode is in force
-    ]
-    for module, functions in replaced:
-        for name, function in functions.items():
-            setattr(module, name, function)
-    if not hasattr(moe_utils, "te_general_gemm"):  # asked for by name, and only imported with Transformer Engine
-        setattr(moe_utils, "te_general_gemm", None)  # noqa: B010
+    internals.stand_in_for_cuda(
+        get_rng_state=_get_rng_state,
+        set_rng_state=_set_rng_state,
+        causal_mask=_causal_mask,  # it is recomputed in backward, where no mode is in force
+        norm=_norm,
+    )
+    cudas: dict[str, Callable[..., Any]] = {
+        "current_device": lambda: _CPU,
+        "current_stream": lambda device=None: torch.cpu.current_stream(),  # 0.19 asks for it
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "manual_seed": torch.manual_seed,
+        "synchronize": lambda: None,
+    }
+    for name, function in cudas.items():
+        setattr(torch.cuda, name, function)
     setattr(Tensor, "cuda", _stay)  # noqa: B010
     setattr(nn.Module, "cuda", _stay)  # noqa: B010
-    setattr(WrappedTorchNorm, "__new__", _norm)  # noqa: B010
-    # Gloo gathers equal sizes only; this is Megatron's own other way.
-    setattr(LayerWiseDistributedOptimizer, "allgather_params", LayerWiseDistributedOptimizer.broadcast_params)  # noqa: B010
     _ToCPU().__enter__()  # type: ignore[no-untyped-call]
 
 
@@ -68,7 +65,7 @@ def _norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) 
     kind: Any = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}[config.normalization]
     norm: nn.Module = kind(hidden_size, eps=eps)
     for parameter in norm.parameters():
-        setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+        internals.mark_part_of_sequence(parameter, config.sequence_parallel)
     return norm
 
 

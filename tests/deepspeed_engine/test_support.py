@@ -41,7 +41,7 @@ def test_tested_releases(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
 
 
 def with_nvme(section: str, stage: int, pipeline: bool = False) -> SimpleNamespace:
-    offload = SimpleNamespace(device="nvme", pipeline=pipeline)
+    offload = SimpleNamespace(device="nvme", pipeline_read=pipeline, pipeline_write=False)
     return SimpleNamespace(**{f"zero_{section}": lambda: offload}, zero_optimization_stage=lambda: stage)
 
 

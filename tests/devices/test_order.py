@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_shampoo import Shampoo
 from ds_shampoo.roots.transfer import HostCopy, Transfers
 from ds_shampoo.sharding.layout import WholeLayout
-from ds_shampoo.step.sharded_group import ShardedGroup
+from ds_shampoo.step.work import StepWork
 from tests.devices import streams
 from tests.devices.simulated import DEVICE, SimTensor, Simulation, simulated_device
 
@@ -328,7 +328,7 @@ def taken_without_looking(self: Transfers, free: Any, kind: Any) -> HostCopy:
 
 
 def copies_to_the_host_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ShardedGroup, "_stage", lambda self, vector, later: vector.to(self.device, non_blocking=True))
+    monkeypatch.setattr(StepWork, "_stage", lambda self, vector, later: vector.to(self.device, non_blocking=True))
 
 
 MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, Callable[[Job], None]]] = {

@@ -1,10 +1,11 @@
 """Inverse p-th roots of symmetric positive semi-definite matrices, in fp64 on the host."""
 
-from ds_shampoo.algorithm.roots.chain import METHODS, InverseRoot, Outcome, inverse_root
+from ds_shampoo.algorithm.roots.chain import METHODS, ZERO_BELOW, InverseRoot, Outcome, inverse_root
 from ds_shampoo.algorithm.roots.pieces import StoppedError, ask_between_pieces, between_pieces
 
 __all__ = [
     "METHODS",
+    "ZERO_BELOW",
     "InverseRoot",
     "Outcome",
     "StoppedError",

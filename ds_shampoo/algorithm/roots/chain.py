@@ -15,8 +15,9 @@ from ds_shampoo.algorithm.roots.solution import Method, NoRootError, Solution
 
 METHODS: Mapping[str, Method] = {"eigh": eigh.solve, "newton": newton.solve}
 
-# A statistic below the smallest normal fp32 number is that of a gradient which was never there.
-_ZERO_BELOW = torch.finfo(torch.float32).tiny
+# A statistic below the smallest normal fp32 number is that of a gradient which was never there, or long ago: too few of
+# its bits are left to tell directions, or a size.
+ZERO_BELOW = torch.finfo(torch.float32).tiny
 _PROBES = 4
 _PROBE_TOLERANCE = 1e-6
 _MAX_EPSILON = 1e-4
@@ -63,7 +64,7 @@ def inverse_root(matrix: Tensor, p: int, epsilon: float, method: str = "eigh") -
     scale = float(given.abs().max()) if given.numel() else 0.0
     if not scale < float("inf"):  # NaN compares false
         return InverseRoot(Outcome.REJECTED, None, 0.0, "the matrix is not finite")
-    if scale < _ZERO_BELOW:
+    if scale < ZERO_BELOW:
         return InverseRoot(Outcome.ZERO, None, 0.0, "the matrix is zero")
     a = given.to(torch.float64)
     # Through a copy: torch transposes that in tiles, four times as fast as it adds a transposed view.

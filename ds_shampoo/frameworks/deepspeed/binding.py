@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ds_shampoo.config import SettingsError
-from ds_shampoo.frameworks.deepspeed import experts
+from ds_shampoo.frameworks import protocols
+from ds_shampoo.frameworks.deepspeed import experts, internals
 from ds_shampoo.frameworks.deepspeed.checkpoint import attach
 from ds_shampoo.frameworks.deepspeed.layouts import EngineLayout, layout_for
 from ds_shampoo.frameworks.deepspeed.monitor import MonitorFeed
@@ -33,7 +34,7 @@ def prepare(engine: Any) -> None:
     """
     log_to_stdout()
     refuse_unsupported(engine)
-    if hasattr(engine.mpu, "shampoo_prepare"):
+    if protocols.prepares_model(engine.mpu):
         engine.mpu.shampoo_prepare(engine.module)
 
 
@@ -82,7 +83,7 @@ def finish(engine: Any, trained: Iterable[Tensor]) -> None:
         SettingsError: if the engine has a Shampoo that was not taken on.
         RuntimeError: if the layout is not what the data says.
     """
-    optimizer = engine.basic_optimizer
+    optimizer = internals.inner_optimizer(engine)
     _say_which_optimizer_holds(engine)
     if isinstance(optimizer, Shampoo):
         layout = optimizer.layout
@@ -122,14 +123,15 @@ def _put_floats_first(parameters: list[Tensor]) -> None:
 def _say_which_optimizer_holds(engine: Any) -> None:
     """Logs a warning, on the first rank, where one was passed and the config names another; one is Shampoo."""
     section = config_of(engine).get("optimizer")
-    if engine.client_optimizer is None or not isinstance(section, Mapping) or engine.global_rank:
+    if internals.given_optimizer(engine) is None or not isinstance(section, Mapping) or engine.global_rank:
         return
-    if isinstance(engine.basic_optimizer, Shampoo) or section.get("type") == TYPE:
+    optimizer = internals.inner_optimizer(engine)
+    if isinstance(optimizer, Shampoo) or section.get("type") == TYPE:
         log_to_stdout()
         logger.warning(
             'optimizer = {"type": "%s", ...} in the config does not hold: the engine trains with the %s that was '
             "passed as optimizer=",
-            section.get("type"), type(engine.basic_optimizer).__name__,
+            section.get("type"), type(optimizer).__name__,
         )  # fmt: skip
 
 
@@ -146,7 +148,7 @@ def _say_what_is_not_used(engine: Any, trained: Iterable[Tensor]) -> None:
         '"Shampoo", "params": {...}}. Hugging Face\'s Trainer takes no object beside DeepSpeed (optimizers=), and '
         "Accelerate puts DeepSpeedCPUAdam in its place under offload unless the config has "
         '"zero_force_ds_cpu_optimizer": false',
-        type(engine.basic_optimizer).__name__,
+        type(internals.inner_optimizer(engine)).__name__,
     )
 
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.accumulation import Accumulation
 from ds_shampoo.frameworks.deepspeed.reading import load
 from ds_shampoo.frameworks.deepspeed.writing import save
@@ -19,8 +20,11 @@ def attach(engine: Any, optimizer: Shampoo) -> None:
     Both keep DeepSpeed's arguments and results. Only the one engine changes, and no file of DeepSpeed's.
     """
     accumulation = Accumulation(engine, optimizer)
-    engine.save_checkpoint = _saving(engine, optimizer, accumulation, engine.save_checkpoint)
-    engine.load_checkpoint = _loading(engine, optimizer, accumulation, engine.load_checkpoint)
+    internals.take_over_checkpoints(
+        engine,
+        saving=lambda deepspeeds: _saving(engine, optimizer, accumulation, deepspeeds),
+        loading=lambda deepspeeds: _loading(engine, optimizer, accumulation, deepspeeds),
+    )
 
 
 def _saving(
@@ -29,7 +33,8 @@ def _saving(
     @functools.wraps(deepspeeds)
     def save_checkpoint(*positional: Any, **named: Any) -> Any:
         call = _bound(deepspeeds, positional, named)
-        return save(engine, optimizer, accumulation, call.arguments, lambda: deepspeeds(*call.args, **call.kwargs))
+        write = functools.partial(_made, deepspeeds, call)
+        return save(engine, optimizer, accumulation=accumulation, options=call.arguments, deepspeeds=write)
 
     return save_checkpoint
 
@@ -41,7 +46,8 @@ def _loading(
     def load_checkpoint(*positional: Any, **named: Any) -> Any:
         call = _bound(deepspeeds, positional, named)
         under_way = accumulation.under_way()
-        result = load(engine, optimizer, call.arguments, lambda: deepspeeds(*call.args, **call.kwargs))
+        read = functools.partial(_made, deepspeeds, call)
+        result = load(engine, optimizer, options=call.arguments, deepspeeds=read)
         accumulation.recount(under_way)
         return result
 
@@ -53,3 +59,8 @@ def _bound(function: Callable[..., Any], positional: Sequence[Any], named: Mappi
     call = inspect.signature(function).bind(*positional, **named)
     call.apply_defaults()
     return call
+
+
+def _made(function: Callable[..., Any], call: inspect.BoundArguments) -> Any:
+    """The call's result, with the arguments as they are by now."""
+    return function(*call.args, **call.kwargs)

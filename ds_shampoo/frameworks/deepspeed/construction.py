@@ -7,7 +7,6 @@ config, as an object, or out of a callable. That method is wrapped, on the class
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -18,16 +17,14 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 
 from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.imports import when_imported
+from ds_shampoo.frameworks.deepspeed.internals import DEEPSPEED
 from ds_shampoo.frameworks.deepspeed.section import names_shampoo
 from ds_shampoo.optimizer import Shampoo
 from ds_shampoo.parameters.unbound import to_be_bound
 
 logger = logging.getLogger("ds_shampoo")
-
-# Where DeepSpeed has its engine, the method that gives it its optimizer, and what that takes.
-_MODULE, _CLASS, _METHOD = "deepspeed.runtime.engine", "DeepSpeedEngine", "_configure_optimizer"
-_ARGUMENTS = ["self", "client_optimizer", "model_parameters"]
 
 
 class _Building(NamedTuple):
@@ -46,7 +43,7 @@ _building: ContextVar[_Building | None] = ContextVar("building", default=None)
 
 def watch_engines() -> None:
     """Has every engine take on the Shampoo that it is given, from now on; DeepSpeed is not imported for that."""
-    when_imported(_MODULE, _wrap)
+    when_imported(internals.ENGINE_MODULE, _wrap)
 
 
 def engine_being_built() -> Any | None:
@@ -58,26 +55,25 @@ def engine_being_built() -> Any | None:
 def engine_that_names_its_optimizer() -> Any | None:
     """The engine that builds what its config names now, and has nothing yet; None where none does."""
     building = _building.get()
-    if building is None or not building.by_config or building.engine.basic_optimizer is not None:
+    if building is None or not building.by_config or internals.inner_optimizer(building.engine) is not None:
         return None
     return building.engine
 
 
 def _wrap(module: ModuleType) -> None:
     """Wraps the method once; where it is not what it was, engines refuse Shampoo."""
-    engine_type: Any = getattr(module, _CLASS, None)
+    engine_type = internals.engine_type(module)
     if engine_type is None:
-        logger.warning("%s", _moved(f"{_MODULE}.{_CLASS}"))
+        logger.warning("%s", _moved(internals.ENGINE))
         return
-    method, init = getattr(engine_type, _METHOD, None), engine_type.__init__
+    method, init = internals.configuring_method(engine_type), engine_type.__init__
     if method in _ours or init in _ours:
         return
-    if method is not None and list(inspect.signature(method).parameters) == _ARGUMENTS:
-        setattr(engine_type, _METHOD, configuring := _configuring(method))
+    if method is not None:
+        internals.replace_configuring_method(engine_type, configuring := _configuring(method))
         _ours.add(configuring)
     else:
-        moved = _moved(f"{_MODULE}.{_CLASS}.{_METHOD}({', '.join(_ARGUMENTS)})")
-        engine_type.__init__ = refusing = _refusing(init, moved)
+        engine_type.__init__ = refusing = _refusing(init, _moved(internals.CONFIGURING))
         _ours.add(refusing)
 
 
@@ -129,7 +125,7 @@ def _refusing(init: Callable[..., None], reason: str) -> Callable[..., None]:
         ):
             raise SettingsError(reason)
         init(self, *positional, **named)
-        if isinstance(getattr(self, "basic_optimizer", None), Shampoo):
+        if isinstance(internals.inner_optimizer(self), Shampoo):
             raise SettingsError(reason)
 
     return refuse
@@ -138,5 +134,5 @@ def _refusing(init: Callable[..., None], reason: str) -> Callable[..., None]:
 def _moved(name: str) -> str:
     return (
         f"this DeepSpeed has no {name}, by which Shampoo gets to know its engine: use a release that ds_shampoo was "
-        "tested with (0.19.8)"
+        f"tested with ({DEEPSPEED.tested_version})"
     )

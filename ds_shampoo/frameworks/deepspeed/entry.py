@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ds_shampoo.config import SettingsError, parse
+from ds_shampoo.frameworks import protocols
 from ds_shampoo.frameworks.deepspeed.construction import (
     engine_being_built,
     engine_that_names_its_optimizer,
@@ -97,7 +98,7 @@ def initialize(
         args = copy.copy(args)  # DeepSpeed takes a config from one place only, and Shampoo's is an edited copy
         args.deepspeed_config = None
     settings = _as_dict(config)
-    if hasattr(model, "complete_settings"):
+    if protocols.completes_settings(model):
         model.complete_settings(settings)
     by_config = optimizer is None and names_shampoo(settings)
     by_callable = callable(optimizer) and not isinstance(optimizer, Optimizer)
@@ -110,7 +111,7 @@ def initialize(
     if by_callable:
         optimizer = _completing(optimizer)
     if by_config or by_callable or isinstance(optimizer, Shampoo):
-        if hasattr(others.get("mpu"), "shampoo_register"):
+        if protocols.registers_model(others.get("mpu")):
             others["mpu"].shampoo_register(model)
         refuse_unknown_experts(model)
     found: tuple[Any, Any, Any, Any] = deepspeed.initialize(
@@ -138,10 +139,11 @@ def _as_dict(config: Any) -> dict[str, Any]:
     if not isinstance(config, str | os.PathLike):
         raise SettingsError(f"config = {config!r}: must be a dict or the path of a DeepSpeed JSON file")
     import hjson
-    from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+
+    from ds_shampoo.frameworks.deepspeed.internals import distinct_keys
 
     try:
         with Path(config).open() as file:
-            return dict(hjson.load(file, object_pairs_hook=dict_raise_error_on_duplicate_keys))
+            return dict(hjson.load(file, object_pairs_hook=distinct_keys))
     except OSError as error:
         raise SettingsError(f"config = {os.fspath(config)!r}: {error.strerror}") from error

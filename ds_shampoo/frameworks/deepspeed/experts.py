@@ -13,15 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks.deepspeed.internals import expert_group, expert_rank, mark_as_having_experts, replicas
+from ds_shampoo.parameters.marks import is_expert
 from ds_shampoo.sharding.expert_names import expert_name
 from ds_shampoo.state.files import BlockReader, CheckpointError
 
 _WEIGHT = "weight"
-
-
-def expert_group(tensor: Tensor) -> str | None:
-    """The name of an expert parameter's group, None for a parameter that all data-parallel ranks share."""
-    return None if getattr(tensor, "allreduce", True) else tensor.group_name  # type: ignore[attr-defined]
 
 
 def global_name(model: nn.Module, name: str, parameter: Tensor) -> str:
@@ -33,20 +30,18 @@ def global_name(model: nn.Module, name: str, parameter: Tensor) -> str:
     group = expert_group(parameter)
     if group is None:
         return name
-    from deepspeed.utils import groups
-
     found = expert_name(name)
     if found is None:
         raise ValueError(
             f"parameter '{name}' is an expert's, but its name does not tell which expert's: with Megatron leave "
             "moe_grouped_gemm out"
         )
-    return str(found.numbered_from(groups._get_expert_parallel_rank(group) * found.beside(model)))
+    return str(found.numbered_from(expert_rank(group) * found.beside(model)))
 
 
 def foreign_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """The expert-parallel parameters, by this rank's names, that are not of DeepSpeed's own layers."""
-    marked = {name: p for name, p in model.named_parameters() if not getattr(p, "allreduce", True)}
+    marked = {name: p for name, p in model.named_parameters() if is_expert(p)}
     if not marked:
         return marked
     from deepspeed.moe.layer import MoE
@@ -80,7 +75,7 @@ def tell_of_experts(engine: Any) -> bool:
     """Has DeepSpeed treat foreign experts as experts; returns whether there are any."""
     found = bool(foreign_experts(engine.module))
     if found:
-        engine.has_moe_layers = True  # what DeepSpeed sets when it finds a layer of its own
+        mark_as_having_experts(engine)
     return found
 
 
@@ -115,7 +110,7 @@ class ExpertWeights:
             name: f"{global_name(engine.module, name, parameter)} (slice {slice_rank})"
             for name, parameter in self._parameters.items()
         }
-        self._groups = engine.expert_data_parallel_group
+        self._engine = engine
 
     def __bool__(self) -> bool:
         return bool(self._parameters)
@@ -125,7 +120,7 @@ class ExpertWeights:
         return {
             self._keys[name]: {_WEIGHT: parameter}
             for name, parameter in self._parameters.items()
-            if dist.get_rank(self._groups[expert_group(parameter)]) == 0
+            if dist.get_rank(replicas(self._engine, expert_group(parameter))) == 0
         }
 
     def check(self, reader: BlockReader) -> None:

@@ -12,19 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Section
-from ds_shampoo.frameworks.deepspeed.experts import expert_group, global_name
+from ds_shampoo.frameworks import protocols
+from ds_shampoo.frameworks.deepspeed import internals
+from ds_shampoo.frameworks.deepspeed.experts import global_name
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition, whole_fragments
 
 _Said = TypeVar("_Said")
-
-# The flat fp32 tensors of stages 1 and 2 and of BF16_Optimizer, and of which parameters each is made.
-_FLAT_GROUPS = (
-    ("single_partition_of_fp32_groups", "bit16_groups"),
-    ("fp32_groups_flat_partition", "bf16_groups"),
-)
 
 
 class _Claim(NamedTuple):
@@ -43,11 +39,6 @@ def layout_for(engine: Any) -> Layout:
     if stage == 3:
         return SubGroupLayout(engine)
     return FlatLayout(engine) if stage else ReplicatedLayout(engine)
-
-
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """A parameter's shape, also where ZeRO-3 has taken its elements away and left the shape in `ds_shape`."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class EngineLayout(Layout):
@@ -71,29 +62,29 @@ class EngineLayout(Layout):
         return torch.device(self._present_engine().device)
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        return full_shape(parameter)
+        return tuple(internals.whole_shape(parameter))
 
     def name(self, name: str, parameter: Tensor) -> str:
         """Asks the `mpu`, where it knows (that of GPTPipeline does)."""
         engine = self._present_engine()
-        ask = getattr(engine.mpu, "shampoo_name", None)
-        return str(ask(engine.module, name)) if ask is not None else global_name(engine.module, name, parameter)
+        if protocols.names_parameters(engine.mpu):
+            return str(engine.mpu.shampoo_name(engine.module, name))
+        return global_name(engine.module, name, parameter)
 
     def sections(self, name: str, parameter: Tensor) -> Sequence[Section] | None:
         """Asks the `mpu`, where it knows (ds_shampoo.megatron.mpu does)."""
         engine = self._present_engine()
-        ask = getattr(engine.mpu, "shampoo_sections", None)
-        found: Sequence[Section] | None = ask(engine.module, name, parameter) if ask is not None else None
-        return found
+        mpu: object = engine.mpu
+        return mpu.shampoo_sections(engine.module, name, parameter) if protocols.slices_parameters(mpu) else None
 
     def over_ranks(self, own: Sequence[_Said]) -> Sequence[_Said]:
-        return concatenated_over_ranks(own) if self._divides_the_model() else own
+        return concatenated_over_ranks(own) if internals.divides_the_model(self._present_engine()) else own
 
     def everyones(self, rounds: Rounds) -> Rounds:
         """Under pipeline, expert and tensor parallelism other ranks have other blocks; ranks are ordered by stage."""
-        return union_over_ranks(rounds) if self._divides_the_model() else rounds
+        return union_over_ranks(rounds) if internals.divides_the_model(self._present_engine()) else rounds
 
-    def _prove(self, parameter: LogicalParameter, start: int, master: Tensor, offset: int, present: Tensor) -> None:
+    def _prove(self, parameter: LogicalParameter, *, start: int, master: Tensor, offset: int, present: Tensor) -> None:
         """Holds a reading of the layout against the data: master weights, rounded, are those that the model uses.
 
         Once it held, it stays proved: anyone may change masters alone afterwards (`safe_set_full_fp32_param`).
@@ -114,10 +105,6 @@ class EngineLayout(Layout):
             raise _misread(_difference(parameter.name, found, present))
         self._proved.add(claim)
 
-    def _divides_the_model(self) -> bool:
-        engine = self._present_engine()
-        return bool(engine.pipeline_parallelism or engine.has_moe_layers or engine.mp_world_size > 1)
-
     def _present_engine(self) -> Any:
         engine = self._engine()
         assert engine is not None, "an optimizer does not outlive its engine"
@@ -135,7 +122,8 @@ class ReplicatedLayout(EngineLayout):
             raise _misread("the master copies do not have the parameters' shapes")
         for parameter, tensor in zip(trained, stand_ins, strict=True):
             if tensor is not parameter.tensor:
-                self._prove(parameter, 0, tensor, 0, parameter.tensor.reshape(-1))
+                present = parameter.tensor.reshape(-1)
+                self._prove(parameter, start=0, master=tensor, offset=0, present=present)
         group = self._replicas(members)
         ranks = range(dist.get_world_size(group))
         fragments = [
@@ -148,18 +136,13 @@ class ReplicatedLayout(EngineLayout):
 
     def _replicas(self, members: Sequence[LogicalParameter]) -> dist.ProcessGroup:
         """The ranks that hold the same parameters: the data-parallel ones, or an expert's."""
-        engine = self._present_engine()
-        names = {expert_group(parameter.tensor) for parameter in members}
+        names = {internals.expert_group(parameter.tensor) for parameter in members}
         if len(names) > 1:
             raise RuntimeError(
                 "a param group holds both experts and parameters that all ranks share; split it with "
                 "deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer"
             )
-        name = names.pop()
-        group: dist.ProcessGroup = (
-            engine.seq_data_parallel_group if name is None else engine.expert_data_parallel_group[name]
-        )
-        return group
+        return internals.replicas(self._present_engine(), names.pop())
 
 
 class FlatLayout(EngineLayout):
@@ -177,7 +160,7 @@ class FlatLayout(EngineLayout):
         trained = [p for p in members if id(p.tensor) in flattened and p.tensor.numel()]
         if not trained:
             raise _misread("a flat tensor holds no parameter of its param group")
-        flat, group = stand_ins[0], trained[0].tensor._dp_group  # type: ignore[attr-defined]
+        flat, group = stand_ins[0], internals.sharers(trained[0].tensor)
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         base = min(parameter.tensor.data_ptr() for parameter in trained)
         fragments = [
@@ -188,7 +171,7 @@ class FlatLayout(EngineLayout):
             if fragment.rank == rank:
                 parameter = by_name[fragment.parameter]
                 present = parameter.tensor.view(-1).narrow(0, fragment.start, fragment.numel)
-                self._prove(parameter, fragment.start, flat, fragment.offset, present)
+                self._prove(parameter, start=fragment.start, master=flat, offset=fragment.offset, present=present)
         return Partition(fragments, rank, world_size, group)
 
     def _flattened(self, flat: Tensor) -> set[int]:
@@ -196,77 +179,74 @@ class FlatLayout(EngineLayout):
 
         What it left on a parameter does not tell: an earlier engine's marks stay where a later one trains less.
         """
-        zero: Any = self._present_engine().optimizer
-        for flats, groups in _FLAT_GROUPS:
-            for stand_ins, parameters in zip(getattr(zero, flats, ()), getattr(zero, groups, ()), strict=False):
-                if stand_ins is flat:
-                    return {id(parameter) for parameter in parameters}
-        raise _misread("a flat tensor is not of the ZeRO optimizer's")
+        parameters = internals.flattened(self._present_engine().optimizer, flat)
+        if parameters is None:
+            raise _misread("a flat tensor is not of the ZeRO optimizer's")
+        return {id(parameter) for parameter in parameters}
 
 
 class SubGroupLayout(EngineLayout):
     """Stage 3: a param group is stepped in sub-groups, each one flat fp32 tensor with a piece of every parameter in it.
 
-    A parameter of n elements is cut into equal pieces of `partition_numel()`, one per rank, the last of them padded.
+    A parameter of n elements is cut into equal pieces, one per rank, the last of them padded.
     With offload to NVMe a flat tensor is empty between its steps, and can't be held against the weights.
     """
 
     def parts(self, index: int) -> Sequence[Tensor]:
-        zero = self._zero()
-        flats: Sequence[Tensor] = zero.fp32_partitioned_groups_flat
-        return [flat for number, flat in enumerate(flats) if zero.sub_group_to_group_id[number] == index]
+        groups = self._sub_groups()
+        return [flat for number, flat in enumerate(groups.flats) if groups.param_group[number] == index]
 
     def absent(self, tensor: Tensor) -> bool:
-        return tensor.numel() < self._size(tensor)
+        groups = self._sub_groups()
+        return tensor.numel() < groups.sizes[_number(groups, [tensor])]
 
     def members(self, originals: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Sequence[LogicalParameter]:
         """Those of the sub-group, and with the first of a param group those that nobody trains, in no sub-group."""
-        zero, number = self._zero(), self._number(stand_ins)
+        groups = self._sub_groups()
+        number = _number(groups, stand_ins)
         by_tensor = {id(parameter.tensor): parameter for parameter in originals}
-        tensors = zero.fp16_groups[number]
+        tensors = groups.parameters[number]
         if any(id(tensor) not in by_tensor for tensor in tensors):
             raise _misread("a sub-group holds a parameter that is not of its param group")
         mine = [by_tensor[id(tensor)] for tensor in tensors]
-        if zero.sub_group_to_group_id[number] in [zero.sub_group_to_group_id[other] for other in range(number)]:
+        if groups.param_group[number] in [groups.param_group[other] for other in range(number)]:
             return mine
-        placed = {id(tensor) for group in zero.fp16_groups for tensor in group}
+        placed = {id(tensor) for group in groups.parameters for tensor in group}
         return mine + [parameter for parameter in originals if id(parameter.tensor) not in placed]
 
     def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
-        zero, flat = self._zero(), stand_ins[0]
-        mine = {id(tensor) for tensor in zero.fp16_groups[self._number(stand_ins)]}
-        ask = getattr(zero, "_get_sub_group_process_group", None)
-        group = ask(self._number(stand_ins)) if ask is not None else zero.dp_process_group
+        groups, flat = self._sub_groups(), stand_ins[0]
+        number = _number(groups, stand_ins)
+        mine = {id(tensor) for tensor in groups.parameters[number]}
+        group = groups.process_group(number)
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         fragments: list[Fragment] = []
         offset = 0
         for parameter in [member for member in members if id(member.tensor) in mine]:
-            size = parameter.tensor.partition_numel()  # type: ignore[attr-defined]
+            size = internals.piece_numel(parameter.tensor)
             numel = math.prod(parameter.shape)
             for owner in range(world_size):
                 length = min(size, numel - owner * size)
                 if length > 0:
                     fragments.append(Fragment(parameter.name, owner * size, length, owner, 0, offset))
                 if length > 0 and owner == rank and not self.absent(flat):
-                    piece = parameter.tensor.ds_tensor.view(-1)  # type: ignore[attr-defined]
-                    self._prove(parameter, owner * size, flat, offset, piece.narrow(0, 0, length))
+                    piece = internals.piece(parameter.tensor).narrow(0, 0, length)
+                    self._prove(parameter, start=owner * size, master=flat, offset=offset, present=piece)
             offset += size
-        if offset > self._size(flat):
-            raise _misread(f"a sub-group of {self._size(flat)} elements should hold {offset}")
+        if offset > groups.sizes[number]:
+            raise _misread(f"a sub-group of {groups.sizes[number]} elements should hold {offset}")
         return Partition(fragments, rank, world_size, group)
 
-    def _zero(self) -> Any:
-        return self._present_engine().optimizer
+    def _sub_groups(self) -> internals.SubGroups:
+        return internals.SubGroups.of(self._present_engine().optimizer)
 
-    def _size(self, flat: Tensor) -> int:
-        return int(self._zero().fp16_partitioned_groups_flat_numel[self._number([flat])])
 
-    def _number(self, stand_ins: Sequence[Tensor]) -> int:
-        flats = self._zero().fp32_partitioned_groups_flat
-        found = [number for number, flat in enumerate(flats) if flat is stand_ins[0]]
-        if len(stand_ins) != 1 or len(found) != 1:
-            raise _misread("expected the flat tensor of one sub-group at a time")
-        return found[0]
+def _number(groups: internals.SubGroups, stand_ins: Sequence[Tensor]) -> int:
+    """Which sub-group's flat tensor stands in."""
+    found = [number for number, flat in enumerate(groups.flats) if flat is stand_ins[0]]
+    if len(stand_ins) != 1 or len(found) != 1:
+        raise _misread("expected the flat tensor of one sub-group at a time")
+    return found[0]
 
 
 def _shares(parameter: LogicalParameter, base: int, size: int, world_size: int) -> list[Fragment]:

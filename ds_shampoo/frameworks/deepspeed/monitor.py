@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from ds_shampoo.frameworks.deepspeed import internals
+
 
 class MonitorFeed:
     """A step hook that writes `Shampoo.metrics()` of rank 0 as `Train/Shampoo/<name>` over samples, as DeepSpeed does.
@@ -19,8 +21,10 @@ class MonitorFeed:
         engine = self._engine()
         if engine is None or engine.optimizer is None or not optimizer.between_steps:
             return
-        if engine.monitor.enabled and engine.global_rank == 0:
-            samples = engine.global_samples + engine.train_batch_size()  # DeepSpeed counts this step's afterwards
-            engine.monitor.write_events(
+        monitor = internals.monitor(engine)
+        if monitor.enabled and engine.global_rank == 0:
+            # DeepSpeed counts this step's samples afterwards.
+            samples = internals.samples(engine) + engine.train_batch_size()
+            monitor.write_events(
                 [(f"Train/Shampoo/{name}", value, samples) for name, value in optimizer.metrics().items()]
             )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_shampoo.frameworks import protocols
+from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.optimizer import Shampoo
 from ds_shampoo.state.files import FOLDER, BlockReader, CheckpointError
 
@@ -21,8 +23,8 @@ def describe(engine: Any, optimizer: Shampoo) -> dict[str, Any]:
         "optimizer": type(engine.optimizer).__name__,
         "global_steps": engine.global_steps,
         "world_size": dist.get_world_size(),
-        "tensor_parallel": _slices(engine),
-        "pipeline_stages": _stages(engine),
+        "tensor_parallel": protocols.slices(engine.mpu),
+        "pipeline_stages": internals.pipeline_stages(engine),
         "expert_groups": _expert_groups(engine),
         "scheduled": [{key: _plain(value) for key, value in group.items()} for group in optimizer.scheduled()],
     }
@@ -34,11 +36,11 @@ def check_world(engine: Any, reader: BlockReader) -> None:
     Raises:
         CheckpointError: for another number of ranks, or another layout of the optimizer's state.
     """
-    slices = reader.header.tensor_parallel
-    if slices != _slices(engine):
+    saved_slices, slices = reader.header.tensor_parallel, protocols.slices(engine.mpu)
+    if saved_slices != slices:
         raise CheckpointError(
-            f"{reader.folder}: saved at tensor-parallel size {slices}, to be loaded at {_slices(engine)}; DeepSpeed "
-            "takes moments up at the same size only"
+            f"{reader.folder}: saved at tensor-parallel size {saved_slices}, to be loaded at {slices}; DeepSpeed takes "
+            "moments up at the same size only"
         )
     if engine.load_universal_checkpoint():
         return
@@ -46,10 +48,10 @@ def check_world(engine: Any, reader: BlockReader) -> None:
     ranks, here = reader.header.world_size, dist.get_world_size()
     advice = "convert it with `ds-shampoo to-universal` and set checkpoint.load_universal"
     stages = reader.header.pipeline_stages
-    if stages != _stages(engine):
+    if stages != internals.pipeline_stages(engine):
         raise CheckpointError(
-            f"{reader.folder}: saved over {stages} pipeline stages, to be loaded over {_stages(engine)}; if that was "
-            f"at ZeRO stage 1, {advice}"
+            f"{reader.folder}: saved over {stages} pipeline stages, to be loaded over "
+            f"{internals.pipeline_stages(engine)}; if that was at ZeRO stage 1, {advice}"
         )
     experts, expected = reader.header.expert_groups, _expert_groups(engine)
     if experts != expected:
@@ -84,7 +86,7 @@ def without_blocks(folder: Path) -> str:
 
 def slice_rank(engine: Any) -> int:
     """This rank's number among the tensor-parallel ones."""
-    return int(engine.mpu.get_tensor_model_parallel_rank()) if _slices(engine) > 1 else 0
+    return protocols.slice_rank(engine.mpu)
 
 
 def _plain(value: Any) -> Any:
@@ -94,17 +96,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _slices(engine: Any) -> int:
-    """The tensor-parallel size."""
-    mpu = engine.mpu
-    return int(mpu.get_tensor_model_parallel_world_size()) if hasattr(mpu, "shampoo_sections") else 1
-
-
-def _stages(engine: Any) -> int:
-    return int(engine.module.num_pipeline_stages()) if engine.pipeline_parallelism else 1
-
-
 def _expert_groups(engine: Any) -> list[str]:
     """The names of the groups over which experts are spread; DeepSpeed's tell their sizes."""
-    experts = (p for p in engine.module.parameters() if not getattr(p, "allreduce", True))
-    return sorted({p.group_name for p in experts})
+    named = (internals.expert_group(parameter) for parameter in engine.module.parameters())
+    return sorted({name for name in named if name is not None})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from ds_shampoo.config import GroupSettings
 from ds_shampoo.frameworks.deepspeed.experts import ExpertWeights
+from ds_shampoo.frameworks.deepspeed.internals import SubGroups
 from ds_shampoo.frameworks.deepspeed.provenance import check_world, saved_by_shampoo, slice_rank, without_blocks
 from ds_shampoo.frameworks.deepspeed.together import together
 from ds_shampoo.optimizer import Shampoo
@@ -24,7 +27,7 @@ from ds_shampoo.step.elementwise import new_state
 logger = logging.getLogger("ds_shampoo")
 
 
-def load(engine: Any, optimizer: Shampoo, options: dict[str, Any], deepspeeds: Callable[[], Any]) -> Any:
+def load(engine: Any, optimizer: Shampoo, *, options: dict[str, Any], deepspeeds: Callable[[], Any]) -> Any:
     """A whole load.
 
     Args:
@@ -36,16 +39,15 @@ def load(engine: Any, optimizer: Shampoo, options: dict[str, Any], deepspeeds: C
     """
     wanted = options["load_optimizer_states"] and not options["load_module_only"]
     experts = ExpertWeights(engine, slice_rank(engine))
-    reader = _opened(engine, optimizer, options, experts, wanted)
+    reader = _opened(engine, optimizer, options=options, experts=experts, wanted=wanted)
     if reader is not None and experts:
         options["custom_load_fn"] = experts.loader(reader, options["load_module_strict"], options["custom_load_fn"])
     reader = reader if wanted else None
     if reader is not None and engine.zero_nvme_offload_optimizer():
         with together():
             _expect_moments(engine, optimizer)
-    optimizer.took_up_shampoo = False
     before, made = [dict(group) for group in optimizer.param_groups], optimizer.made()
-    with together(own_errors=True):
+    with together(own_errors=True), _states_of(optimizer) as states:
         result = deepspeeds()
     if engine.load_universal_checkpoint():
         _keep_settings(optimizer, before, made, reader)
@@ -57,14 +59,40 @@ def load(engine: Any, optimizer: Shampoo, options: dict[str, Any], deepspeeds: C
             saving.restore(subgroups, reader)
         optimizer.mend()
     elif wanted:
-        if optimizer.took_up_shampoo:
+        if states.newest_is_shampoos:
             raise CheckpointError(without_blocks(Path(result[0]).parent))
         logger.warning("the checkpoint is another optimizer's: its moments are kept, all factors start fresh")
     return result
 
 
+class _States:
+    """What passes an optimizer's `load_state_dict`.
+
+    Attributes:
+        newest_is_shampoos: whether the last one was saved by Shampoo.
+    """
+
+    def __init__(self) -> None:
+        self.newest_is_shampoos = False
+
+    def see(self, _: Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """A hook of torch's, called before the state is loaded."""
+        self.newest_is_shampoos = "blocks" in state_dict
+
+
+@contextlib.contextmanager
+def _states_of(optimizer: Shampoo) -> Iterator[_States]:
+    """The states that the optimizer is given to load meanwhile."""
+    states = _States()
+    handle = optimizer.register_load_state_dict_pre_hook(states.see)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
 def _opened(
-    engine: Any, optimizer: Shampoo, options: dict[str, Any], experts: ExpertWeights, wanted: bool
+    engine: Any, optimizer: Shampoo, *, options: dict[str, Any], experts: ExpertWeights, wanted: bool
 ) -> BlockReader | None:
     """The checkpoint's folder of blocks, and all that this rank needs of it read and checked; None where there is none.
 
@@ -159,10 +187,9 @@ def _expect_moments(engine: Any, optimizer: Shampoo) -> None:
     Raises:
         CheckpointError: if a sub-group is too small for NVMe, since DeepSpeed would not restore it.
     """
-    zero = engine.optimizer
-    sizes = zero.fp16_partitioned_groups_flat_numel
-    for number, (flat, size) in enumerate(zip(zero.fp32_partitioned_groups_flat, sizes, strict=True)):
-        if not zero._swappable_optimizer_subgroup(number):
+    groups = SubGroups.of(engine.optimizer)
+    for number, (flat, size) in enumerate(zip(groups.flats, groups.sizes, strict=True)):
+        if not groups.on_nvme(number):
             raise CheckpointError(
                 f"sub-group {number} of {size} elements is too small for NVMe and stays in memory, from where "
                 "DeepSpeed does not restore it; raise zero_optimization.sub_group_size"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ds_shampoo.config import SettingsError, ShampooConfig
+from ds_shampoo.frameworks.deepspeed import internals
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -89,7 +90,7 @@ def complete_config_of(engine: Any) -> None:
     """The same for an engine that is being built, and that turns out to get a Shampoo."""
     for key, (needed, _) in _NEEDED.items():
         say_what_does_not_hold(config_of(engine), key)
-        setattr(engine._config, key, needed)
+        internals.override_config(engine, key, needed)
 
 
 def say_what_does_not_hold(config: Mapping[str, Any], key: str = "zero_force_ds_cpu_optimizer") -> None:
@@ -121,7 +122,7 @@ def say_whose_betas(settings: Mapping[str, Any]) -> None:
 
 def config_of(engine: Any) -> Mapping[str, Any]:
     """The config from which an engine is built, as far as this DeepSpeed shows it."""
-    config: Any = getattr(getattr(engine, "_config", None), "_param_dict", None)
+    config = internals.config_of(engine)
     return config if isinstance(config, Mapping) else {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,10 @@ from torch import nn
 
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks import protocols
+from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.experts import foreign_experts
+from ds_shampoo.frameworks.deepspeed.internals import DEEPSPEED
 
 _UNKNOWN_EXPERTS = (
     "expert model parallelism of Megatron: DeepSpeed does not know which ranks share an expert; call "
@@ -18,16 +20,17 @@ _UNKNOWN_EXPERTS = (
     "deepspeed.initialize"
 )
 
-# The release in which everything that is not refused was tested.
-_TESTED = (0, 19)
+# The first release with which ZeRO-3 and pipelines were held to one trajectory.
+_ONE_TRAJECTORY = (0, 19)
 
 
 def refuse_unsupported(engine: Any) -> None:
-    """Checks an engine that is being set up.
+    """Checks an engine that is being set up, and the DeepSpeed that it is of.
 
     Raises:
-        SettingsError: naming the first feature under which Shampoo does not run.
+        SettingsError: naming the first feature under which Shampoo does not run, or what a release has otherwise.
     """
+    DEEPSPEED.check()
     for refused, message in _REFUSALS:
         if refused(engine):
             raise SettingsError(message)
@@ -41,7 +44,7 @@ def refuse_factors_of_tied_layers(engine: Any, groups: Iterable[Mapping[str, Any
     Raises:
         SettingsError: naming the setting.
     """
-    if not getattr(engine.module, "tied_modules", None):
+    if not internals.has_tied_layers(engine):
         return
     for group in groups:
         if group["embedding"] != "diagonal":
@@ -57,8 +60,7 @@ def refuse_norms_of_slices(engine: Any, groups: Iterable[Mapping[str, Any]]) -> 
     Raises:
         SettingsError: naming the setting.
     """
-    mpu: Any = getattr(engine, "mpu", None)
-    if not hasattr(mpu, "shampoo_sections") or mpu.get_tensor_model_parallel_world_size() == 1:
+    if protocols.slices(getattr(engine, "mpu", None)) == 1:
         return
     for group in groups:
         if grafting.is_normalized(group["grafting"]):
@@ -89,16 +91,14 @@ def _on_nvme(engine: Any, section: str) -> bool:
     return offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme"
 
 
-def _has_libaio() -> bool:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    return bool(AsyncIOBuilder().is_compatible())
+def _pipelined(offload: Any) -> bool:
+    return bool(offload.pipeline_read or offload.pipeline_write)
 
 
 def _has_unknown_experts(model: Any) -> bool:
     """Whether some parameter is one of the experts that ranks divide, and DeepSpeed can't know among which ranks."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return any(not getattr(p, "allreduce", True) and not hasattr(p, "group_name") for p in parameters)
+    return any(internals.has_unknown_group(parameter) for parameter in parameters)
 
 
 def _spreads_foreign_experts(engine: Any) -> Any:
@@ -106,16 +106,12 @@ def _spreads_foreign_experts(engine: Any) -> Any:
 
 
 def _partitions_activations(engine: Any) -> bool:
-    section: Any = getattr(getattr(engine, "_config", None), "pipeline", None) or {}
+    section = internals.pipeline_section(engine)
     return bool(section.get("pipe_partitioned") or section.get("grad_partitioned"))
 
 
 def _older_deepspeed() -> bool:
-    """Whether this DeepSpeed is older than the first with which ZeRO-3 and pipelines were held to one trajectory."""
-    import deepspeed
-
-    release = re.match(r"(\d+)\.(\d+)", deepspeed.__version__)
-    return release is not None and (int(release[1]), int(release[2])) < _TESTED
+    return DEEPSPEED.release() < _ONE_TRAJECTORY
 
 
 _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
@@ -125,16 +121,16 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "DeepSpeed, or use stage 0, 1 or 2",
     ),
     (
-        lambda e: getattr(e, "pipeline_parallelism", False) and _older_deepspeed(),
+        lambda e: internals.has_pipeline(e) and _older_deepspeed(),
         "pipeline parallelism (PipelineModule): with DeepSpeed before 0.19 it was seen to follow another trajectory; "
         "upgrade DeepSpeed",
     ),
     (
-        lambda e: getattr(e, "pipeline_parallelism", False) and (_ask(e, "zero_optimization_stage") or 0) > 1,
+        lambda e: internals.has_pipeline(e) and (_ask(e, "zero_optimization_stage") or 0) > 1,
         "zero_optimization.stage = 2 or 3 with pipeline parallelism: DeepSpeed runs pipelines at stages 0 and 1 only",
     ),
     (
-        lambda e: getattr(getattr(e, "module", None), "sequence_parallel", False) and _partitions_activations(e),
+        lambda e: protocols.sees_part_of_sequence(getattr(e, "module", None)) and _partitions_activations(e),
         "pipeline.pipe_partitioned or grad_partitioned = true with sequence parallelism of Megatron: tensor-parallel "
         "ranks hold different parts of an activation; set both to false, as ds_shampoo.initialize does",
     ),
@@ -153,12 +149,12 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         'zero_optimization.offload_optimizer.device = "nvme": at stage 3 only; use "cpu"',
     ),
     (
-        lambda e: _on_nvme(e, "zero_offload_optimizer") and not _has_libaio(),
+        lambda e: _on_nvme(e, "zero_offload_optimizer") and not internals.has_libaio(),
         'zero_optimization.offload_optimizer.device = "nvme": DeepSpeed needs libaio for it, which is not here '
         '(apt-get install libaio-dev); or use "cpu"',
     ),
     (
-        lambda e: _on_nvme(e, "zero_offload_optimizer") and _ask(e, "zero_offload_optimizer").pipeline,
+        lambda e: _on_nvme(e, "zero_offload_optimizer") and _pipelined(_ask(e, "zero_offload_optimizer")),
         "zero_optimization.offload_optimizer.pipeline_read or pipeline_write = true with NVMe: the trajectory was seen "
         "to change; set them to false",
     ),
@@ -211,7 +207,7 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "compile.deepcompile = true: Shampoo does not support DeepCompile; set it to false",
     ),
     (
-        lambda e: getattr(getattr(getattr(e, "_config", None), "expert_parallel_config", None), "enabled", False),
+        internals.has_auto_experts,
         "expert_parallel.enabled = true (AutoEP): Shampoo has not been tried with it; use deepspeed.moe's layers",
     ),
     (
@@ -228,7 +224,7 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "managed_gradient_accumulation = false: Shampoo has not been tried with it; leave it out",
     ),
     (
-        lambda e: getattr(e, "sequence_parallel_size", 1) > 1,
+        lambda e: internals.sequence_parallel_size(e) > 1,
         "sequence parallelism: Shampoo does not support it yet",
     ),
     (
@@ -239,13 +235,4 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
 
 
 def _model_parallel_size(engine: Any) -> int:
-    autotp = int(_ask(engine, "autotp_size") or 1)
-    mpu = getattr(engine, "mpu", None)
-    if hasattr(mpu, "shampoo_sections"):
-        return autotp
-    # A pipeline's grid counts its stages among the model-parallel ranks; only those that slice a layer matter here.
-    for name in ("get_slice_parallel_world_size", "get_model_parallel_world_size"):
-        size = getattr(mpu, name, None)
-        if callable(size):
-            return max(autotp, int(size()))
-    return autotp
+    return max(int(_ask(engine, "autotp_size") or 1), protocols.unknown_slices(getattr(engine, "mpu", None)))

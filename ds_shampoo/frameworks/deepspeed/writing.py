@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.accumulation import Accumulation
 from ds_shampoo.frameworks.deepspeed.experts import ExpertWeights
 from ds_shampoo.frameworks.deepspeed.provenance import describe, slice_rank
@@ -80,6 +81,7 @@ class WatchedWriter:
 def save(
     engine: Any,
     optimizer: Shampoo,
+    *,
     accumulation: Accumulation,
     options: dict[str, Any],
     deepspeeds: Callable[[], Any],
@@ -105,7 +107,7 @@ def save(
         if engine.global_rank == 0:
             finish(folder)  # a save under this tag that was killed in its last moment
     # DeepSpeed writes `latest` in place; a kill in between would leave it empty.
-    at_once = not _commits_later(engine)
+    at_once = not internals.writes_later(engine)
     ours = options["save_latest"] and at_once
     if ours:
         options["save_latest"] = False
@@ -115,7 +117,7 @@ def save(
     except Exception:
         _give_up(engine, folder, stamp)
         raise
-    _write_index(engine, folder, header, files, foreign)
+    _write_index(engine, folder, header=header, files=files, foreign=foreign)
     with together():
         if engine.global_rank == 0:
             finish(folder)
@@ -196,16 +198,10 @@ def _write_deepspeeds(
     Raises:
         CheckpointError: on all ranks, if any of them failed to write a file.
     """
-    usual, instead = engine.checkpoint_engine, staging(folder / FOLDER, stamp) if stamp is not None else None
-    watched = WatchedWriter(usual, folder, instead)
-    with together(own_errors=True):
-        engine.checkpoint_engine = watched
-        engine._copy_recovery_script = watched.attempt(engine._copy_recovery_script)
-        try:
-            result = deepspeeds()
-        finally:
-            engine.checkpoint_engine = usual
-            del engine._copy_recovery_script
+    instead = staging(folder / FOLDER, stamp) if stamp is not None else None
+    watched = WatchedWriter(internals.checkpoint_writer(engine), folder, instead)
+    with together(own_errors=True), internals.writing_by(engine, watched, script=watched.attempt):
+        result = deepspeeds()
     with together():
         if watched.error is not None:
             raise watched.error
@@ -216,6 +212,7 @@ def _write_deepspeeds(
 def _write_index(
     engine: Any,
     folder: Path,
+    *,
     header: dict[str, Any],
     files: list[BlockFile],
     foreign: list[ForeignFile],
@@ -236,9 +233,3 @@ def _write_index(
             steps = {name: step for _, _, each in gathered for name, step in each.items()}
             all_foreign = {file.name: file for _, each, _ in gathered for file in each}
             write_index(folder, {**header, "steps": steps}, all_files, all_foreign.values(), name=NEXT)
-
-
-def _commits_later(engine: Any) -> bool:
-    """Whether the checkpoint engine writes in the background and names the latest checkpoint itself."""
-    ask = getattr(engine.checkpoint_engine, "is_decoupled", None)
-    return bool(ask()) if ask is not None else False

@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.frameworks.megatron.inner import InnerShampoo
 from ds_shampoo.frameworks.megatron.layout import MegatronLayout
 from ds_shampoo.state.saving import blocks_state, load_blocks
@@ -30,9 +31,7 @@ class WithBlocks(_Base):  # type: ignore[misc]
 
     def inner(self) -> Iterator[InnerShampoo]:
         """The Shampoo in each of the chained optimizers that has parameters."""
-        for wrapper in self.chained_optimizers:
-            if not wrapper.is_stub_optimizer:
-                yield wrapper.optimizer
+        return (internals.inner_optimizer(wrapper) for wrapper in internals.stepping(self))
 
     def metrics(self) -> dict[str, float]:
         """`Shampoo.metrics` of this rank; those of experts under "expert_" and their names."""

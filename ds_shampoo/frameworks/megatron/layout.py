@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.frameworks.megatron.internals import Run
 from ds_shampoo.frameworks.megatron.names import ModelParameter
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
@@ -20,32 +19,6 @@ from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, uni
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
 
 _Said = TypeVar("_Said")
-
-
-class Run(NamedTuple):
-    """What a tensor in Megatron's param groups stands for: a parameter's elements from `start` on."""
-
-    parameter: Tensor
-    start: int
-
-
-def runs_of(wrapper: MegatronOptimizer) -> dict[int, Run]:
-    """What every tensor in the param groups of one of Megatron's optimizers stands for, by `id(tensor)`."""
-    if isinstance(wrapper, DistributedOptimizer):
-        pairs = (
-            (shard, parameter, wrapper._get_model_param_range_map(parameter)["param"].start)
-            for shards, parameters in (
-                *zip(wrapper.shard_fp32_from_float16_groups, wrapper.model_float16_groups, strict=True),
-                *zip(wrapper.shard_fp32_groups, wrapper.model_fp32_groups, strict=True),
-            )
-            for shard, parameter in zip(shards, parameters, strict=True)
-        )
-        return {id(shard): Run(parameter, start) for shard, parameter, start in pairs}
-    runs = {id(p): Run(p, 0) for group in wrapper.param_groups for p in group["params"]}
-    if isinstance(wrapper, Float16OptimizerWithFloat16Params):
-        for copies, parameters in zip(wrapper.fp32_from_float16_groups, wrapper.float16_groups, strict=True):
-            runs |= {id(copy): Run(p, 0) for copy, p in zip(copies, parameters, strict=True)}
-    return runs
 
 
 class MegatronLayout(Layout):
@@ -71,15 +44,6 @@ class MegatronLayout(Layout):
         """`parameters` are the model's, by id, and `runs` gives what `runs_of` does, once Megatron has laid out."""
         self._parameters, self._runs = parameters, runs
         self.replicas, self.slices = replicas, slices
-
-    def in_training(self) -> bool:
-        return True
-
-    def device(self, parameter: Tensor) -> torch.device:
-        return parameter.device
-
-    def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        return tuple(parameter.shape)
 
     def name(self, name: str, parameter: Tensor) -> str:
         return self._parameters[id(parameter)].name

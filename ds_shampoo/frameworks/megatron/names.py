@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from ds_shampoo.frameworks.megatron import internals
+from ds_shampoo.parameters import marks
 from ds_shampoo.sharding.expert_names import expert_name
 
 
@@ -43,17 +45,17 @@ def _whole_model_name(chunk: nn.Module, name: str, parameter: Tensor) -> str:
     joined = ".".join(_numbered_over_stages(chunk, name.split(".")))
     while joined.startswith("module."):  # DistributedDataParallel and Float16Module
         joined = joined.removeprefix("module.")
-    return joined if getattr(parameter, "allreduce", True) else _numbered_over_experts(chunk, joined)
+    return _numbered_over_experts(chunk, joined) if marks.is_expert(parameter) else joined
 
 
 def _numbered_over_stages(chunk: nn.Module, parts: Sequence[str]) -> Iterator[str]:
-    """A layer's `layer_number` counts from 1 over all pipeline stages; its place in the list from 0 on this one."""
+    """A layer's own number counts from 1 over all pipeline stages; its place in the list from 0 on this one."""
     module: Any = chunk
     before = ""
     for part in parts:
         module = getattr(module, part, None)
-        number = getattr(module, "layer_number", None)
-        yield str(number - 1) if before == "layers" and isinstance(number, int) else part
+        number = internals.number_over_stages(module)
+        yield str(number - 1) if before == "layers" and number is not None else part
         before = part
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron.core.optimizer import _get_param_groups, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
@@ -14,9 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from ds_shampoo.config import ShampooConfig
+from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.frameworks.megatron.checkpoint import WithBlocks
 from ds_shampoo.frameworks.megatron.inner import InnerShampoo, named, prepare
-from ds_shampoo.frameworks.megatron.layout import MegatronLayout, runs_of
+from ds_shampoo.frameworks.megatron.layout import MegatronLayout
 from ds_shampoo.frameworks.megatron.names import ModelParameter, model_parameters
 from ds_shampoo.frameworks.megatron.support import checked, refuse_unsupported
 from ds_shampoo.optimizer import Shampoo
@@ -62,22 +63,21 @@ def get_megatron_shampoo_optimizer(
     """
     shampoo = checked(config, settings)
     groups = pg_collection if pg_collection is not None else ProcessGroupCollection.use_mpu_process_groups()
-    refuse_unsupported(config, model_chunks, groups, shampoo, layer_wise_distributed_optimizer)
-    members = _get_param_groups(model_chunks, config, config_overrides)
+    refuse_unsupported(config, model_chunks, groups, shampoo=shampoo, layer_wise=layer_wise_distributed_optimizer)
+    members = internals.param_groups(model_chunks, config, config_overrides)
     with _as_adam(config, layer_wise_distributed_optimizer):
         chained = get_megatron_optimizer(config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection)
-    wrappers: list[MegatronOptimizer] = list(chained.chained_optimizers)
+    wrappers: list[MegatronOptimizer] = internals.wrappers_of(chained)
     whole: ShampooChainedOptimizer | ShampooLayerWiseOptimizer
     if layer_wise_distributed_optimizer:
         # In bf16 it wraps up what it gets itself, in fp32 it does not.
-        parts = [wrapper.optimizer for wrapper in wrappers] if config.bf16 else wrappers
+        parts = [internals.inner_optimizer(wrapper) for wrapper in wrappers] if config.bf16 else wrappers
         whole = ShampooLayerWiseOptimizer(parts, config, groups, [prepare] * len(parts))
     else:
         whole = ShampooChainedOptimizer(wrappers)
     found = model_parameters(model_chunks)
-    for wrapper in whole.chained_optimizers:
-        if not wrapper.is_stub_optimizer:
-            _put_in_place(wrapper, model_chunks, members, found, groups, shampoo)
+    for wrapper in internals.stepping(whole):
+        _put_in_place(wrapper, model_chunks, members=members, found=found, groups=groups, shampoo=shampoo)
     inner = list(whole.inner())
     _share_turns(inner, names_over_ranks([parameter.name for parameter in found.values()]))
     for optimizer in inner:
@@ -100,6 +100,7 @@ def _share_turns(optimizers: Sequence[Shampoo], names: Sequence[str]) -> None:
 def _put_in_place(
     wrapper: MegatronOptimizer,
     chunks: Sequence[nn.Module],
+    *,
     members: Sequence[Mapping[str, Any]],
     found: Mapping[int, ModelParameter],
     groups: ProcessGroupCollection,
@@ -107,18 +108,18 @@ def _put_in_place(
 ) -> None:
     """Gives a wrapper Shampoo as its inner optimizer; `members` are all param groups, of the model's parameters."""
     present = wrapper.param_groups
-    expert = bool(present[0]["is_expert_parallel"])
-    members = [group for group in members if group["is_expert_parallel"] == expert]
+    expert = internals.holds_experts(present[0])
+    members = [group for group in members if internals.holds_experts(group) == expert]
     layout = MegatronLayout(
         found,
-        lambda: runs_of(wrapper),
+        lambda: internals.runs_of(wrapper),
         replicas=groups.expt_dp if expert else groups.dp_cp,
         slices=groups.expt_tp if expert else groups.tp,
     )
     inner = InnerShampoo(named(members, found), **shampoo.model_dump(), model=nn.ModuleList(chunks), layout=layout)
     for group, held in zip(inner.param_groups, present, strict=True):
         group["params"] = held["params"]
-    wrapper.optimizer, wrapper.init_state_fn = inner, prepare
+    internals.put_inside(wrapper, inner, prepare)
 
 
 @contextlib.contextmanager

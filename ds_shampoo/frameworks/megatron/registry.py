@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +11,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from ds_shampoo.config import SettingsError, ShampooConfig, parse
+from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.frameworks.megatron.checkpoint import KEY, apart, load_sharded_blocks, sharded_blocks
 from ds_shampoo.frameworks.megatron.inner import InnerShampoo, named, prepare
-from ds_shampoo.frameworks.megatron.layout import MegatronLayout, Run
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
+from ds_shampoo.frameworks.megatron.layout import MegatronLayout
 from ds_shampoo.frameworks.megatron.names import model_parameters
 from ds_shampoo.frameworks.megatron.support import checked, refuse_unsupported
 
@@ -67,35 +68,27 @@ def register_emerging_optimizer(**settings: Any) -> bool:
         Whether this Megatron has the registry.
 
     Raises:
-        SettingsError: for a setting that is refused.
+        SettingsError: for a setting that is refused, and for a Megatron that has not what Shampoo needs of it.
     """
     parse(settings)
+    MEGATRON.check()
 
     def arguments(config: OptimizerConfig, chunks: list[nn.Module], groups: ProcessGroupCollection) -> dict[str, Any]:
         shampoo = checked(config, settings)
-        refuse_unsupported(config, chunks, groups, shampoo, layer_wise=False)
+        refuse_unsupported(config, chunks, groups, shampoo=shampoo, layer_wise=False)
         _refuse_others(config, chunks, groups)
         return {"chunks": chunks, "replicas": groups.dp_cp, "slices": groups.tp, "settings": shampoo}
 
-    try:
-        registry: Any = importlib.import_module("megatron.core.optimizer.emerging_optimizers")
-        entry, entries = registry.EmergingOptimizerEntry, registry._EMERGING_OPTIMIZERS
-    except (ImportError, AttributeError):
-        return False
-    entries["shampoo"] = entry(RegisteredShampoo, prepare, arguments, {})
-    return True
+    return internals.enter_optimizer("shampoo", kind=RegisteredShampoo, allocate=prepare, arguments=arguments)
 
 
 def _refuse_others(config: OptimizerConfig, chunks: Sequence[Any], groups: ProcessGroupCollection) -> None:
     refusals = (
         (
-            config.use_distributed_optimizer or chunks[0].ddp_config.use_distributed_optimizer,
+            config.use_distributed_optimizer or internals.data_parallelism(chunks[0]).use_distributed_optimizer,
             "config.use_distributed_optimizer = True",
         ),
-        (
-            getattr(config, "use_layer_wise_distributed_optimizer", False),
-            "config.use_layer_wise_distributed_optimizer = True",
-        ),
+        (config.use_layer_wise_distributed_optimizer, "config.use_layer_wise_distributed_optimizer = True"),
         (dist.get_world_size(groups.ep) > 1, "expert_model_parallel_size > 1"),
     )
     for refused, what in refusals:
@@ -106,11 +99,11 @@ def _refuse_others(config: OptimizerConfig, chunks: Sequence[Any], groups: Proce
             )
 
 
-def _runs(chunks: Sequence[nn.Module]) -> dict[int, Run]:
+def _runs(chunks: Sequence[nn.Module]) -> dict[int, internals.Run]:
     """What every tensor that a wrapper may step stands for, by `id(tensor)`: a parameter or its fp32 copy."""
     return {
-        id(held): Run(parameter, 0)
+        id(held): internals.Run(parameter, 0)
         for chunk in chunks
         for parameter in chunk.parameters()
-        for held in (parameter, getattr(parameter, "main_param", parameter))
+        for held in (parameter, internals.fp32_copy(parameter))
     }

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
+from ds_shampoo.frameworks.megatron import internals
 
 
 def sections(
@@ -65,8 +66,9 @@ class _Run(NamedTuple):
 
 def _sliced_dim(module: nn.Module | None, parameter: Tensor) -> int | None:
     """The dimension that is sliced; by the layer's kind where Megatron, told not to initialise, left no mark."""
-    if getattr(parameter, "tensor_model_parallel", False):
-        return int(parameter.partition_dim)  # type: ignore[attr-defined]
+    marked = internals.sliced_dim(parameter)
+    if marked is not None:
+        return marked
     if isinstance(module, RowParallelLinear):
         return 1
     return 0 if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) else None
@@ -77,7 +79,7 @@ def _parts(module: nn.Module | None, name: str, parameter: Tensor) -> int:
     config: Any = getattr(module, "config", None)
     if _layer(name) == "linear_fc1" and config is not None and config.gated_linear_unit:
         return 2
-    return int(getattr(parameter, "partition_stride", 1))
+    return internals.fused_matrices(parameter)
 
 
 def _groups(module: nn.Module | None, name: str, size: int) -> list[int] | None:

@@ -12,6 +12,8 @@ from torch import nn
 
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.config import SettingsError, ShampooConfig, parse
+from ds_shampoo.frameworks.megatron import internals
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
 
 # What Megatron's own configuration says.
 _MEGATRONS = {
@@ -40,27 +42,23 @@ def refuse_unsupported(
     config: OptimizerConfig,
     chunks: Sequence[Any],
     groups: ProcessGroupCollection,
+    *,
     shampoo: ShampooConfig,
     layer_wise: bool,
 ) -> None:
     """Refuses by name what Shampoo does not run under, before anything is built.
 
     Raises:
-        SettingsError: naming the first such feature.
+        SettingsError: naming the first such feature, or what this Megatron has otherwise than Shampoo needs it.
     """
-    ddp = chunks[0].ddp_config
+    MEGATRON.check()
+    ddp = internals.data_parallelism(chunks[0])
     refusals = (
-        (getattr(config, "optimizer_cpu_offload", False), "config.optimizer_cpu_offload = True"),
-        (getattr(config, "use_precision_aware_optimizer", False), "config.use_precision_aware_optimizer = True"),
-        (
-            getattr(config, "overlap_param_gather_with_optimizer_step", False),
-            "config.overlap_param_gather_with_optimizer_step = True",
-        ),
-        (getattr(ddp, "use_megatron_fsdp", False), "ddp_config.use_megatron_fsdp = True"),
-        (
-            getattr(ddp, "num_distributed_optimizer_instances", 1) > 1,
-            "ddp_config.num_distributed_optimizer_instances > 1",
-        ),
+        (config.optimizer_cpu_offload, "config.optimizer_cpu_offload = True"),
+        (config.use_precision_aware_optimizer, "config.use_precision_aware_optimizer = True"),
+        (config.overlap_param_gather_with_optimizer_step, "config.overlap_param_gather_with_optimizer_step = True"),
+        (ddp.use_megatron_fsdp, "ddp_config.use_megatron_fsdp = True"),
+        (ddp.num_distributed_optimizer_instances > 1, "ddp_config.num_distributed_optimizer_instances > 1"),
         (
             layer_wise and config.use_distributed_optimizer,
             "layer_wise_distributed_optimizer = True with config.use_distributed_optimizer = True",
@@ -73,7 +71,7 @@ def refuse_unsupported(
         (
             shampoo.embedding != "diagonal"
             and dist.get_world_size(groups.pp) > 1
-            and any(getattr(chunk, "share_embeddings_and_output_weights", False) for chunk in _modules(chunks)),
+            and any(internals.shares_embedding(module) for module in _modules(chunks)),
             f"embedding = '{shampoo.embedding}' for an embedding of which two pipeline stages hold a copy",
         ),
     )

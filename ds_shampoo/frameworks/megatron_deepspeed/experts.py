@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import nn
+
+from ds_shampoo.frameworks.deepspeed.internals import enter_experts
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
+from ds_shampoo.parameters import marks
 
 
 def register_experts(model: nn.Module) -> int:
@@ -13,7 +16,7 @@ def register_experts(model: nn.Module) -> int:
 
     To be called before `deepspeed.initialize`; `ds_shampoo.initialize(..., mpu=mpu)` does it by itself. Megatron's
     groups are entered into DeepSpeed's registry under the name that groups of their size have there, and every
-    parameter that Megatron marked (`allreduce` is False) gets that name. Nothing changes where each rank has all
+    parameter that Megatron marked as an expert's gets that name. Nothing changes where each rank has all
     experts.
 
     Returns:
@@ -21,7 +24,9 @@ def register_experts(model: nn.Module) -> int:
 
     Raises:
         ValueError: if experts are sliced over another number of ranks than the rest of the model.
+        SettingsError: if this Megatron has not what Shampoo needs of it.
     """
+    MEGATRON.check()
     slices = parallel_state.get_tensor_model_parallel_world_size()
     own_slices = parallel_state.get_expert_tensor_parallel_world_size()
     if slices != own_slices and any(isinstance(module, BaseMoELayer) for module in model.modules()):
@@ -29,18 +34,12 @@ def register_experts(model: nn.Module) -> int:
             f"expert_tensor_parallel_size = {own_slices} at tensor_model_parallel_size = {slices}: Shampoo needs "
             "the same for both"
         )
-    experts = [parameter for parameter in model.parameters() if not getattr(parameter, "allreduce", True)]
+    experts = [parameter for parameter in model.parameters() if marks.is_expert(parameter)]
     if not experts:
         return 0
-    from deepspeed.utils import groups
-
-    parallel = parallel_state.get_expert_model_parallel_group()
-    replicas = parallel_state.get_expert_data_parallel_group()
-    name = f"ep_size_{dist.get_world_size(parallel)}"
-    groups._EXPERT_PARALLEL_GROUP[name] = parallel
-    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(parallel)
-    groups._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(replicas)
-    for parameter in experts:
-        setattr(parameter, "group_name", name)  # noqa: B010
+    enter_experts(
+        experts,
+        parallel=parallel_state.get_expert_model_parallel_group(),
+        replicas=parallel_state.get_expert_data_parallel_group(),
+    )
     return len(experts)

@@ -6,6 +6,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from ds_shampoo.frameworks.megatron import internals
+
 # On a parameter whose gradient is summed already.
 _MARK = "ds_shampoo_sums_gradient"
 
@@ -24,7 +26,7 @@ def reduce_sequence_parallel_gradients(model: nn.Module) -> int:
     group = parallel_state.get_tensor_model_parallel_group()
     if dist.get_world_size(group) == 1:
         return 0
-    partial = [p for p in model.parameters() if p.requires_grad and getattr(p, "sequence_parallel", False)]
+    partial = [p for p in model.parameters() if p.requires_grad and internals.sees_part_of_sequence(p)]
 
     def summed(gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()

@@ -13,7 +13,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
-from ds_shampoo.frameworks.deepspeed.layouts import full_shape
+from ds_shampoo.frameworks.deepspeed.internals import whole_shape
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.frameworks.megatron_deepspeed.experts import register_experts
 from ds_shampoo.frameworks.megatron_deepspeed.gradients import reduce_sequence_parallel_gradients
@@ -45,7 +46,7 @@ def shampoo_sections(model: nn.Module, name: str, parameter: Tensor) -> Sequence
         model,
         name,
         parameter,
-        shape=full_shape(parameter),
+        shape=tuple(whole_shape(parameter)),
         rank=dist.get_rank(group),
         world_size=dist.get_world_size(group),
     )
@@ -61,7 +62,12 @@ def shampoo_register(model: nn.Module) -> None:
 
 
 def shampoo_prepare(model: nn.Module) -> None:
-    """What a Megatron model needs under DeepSpeed before it is trained; Shampoo calls it as it is set up."""
+    """What a Megatron model needs under DeepSpeed before it is trained; Shampoo calls it as it is set up.
+
+    Raises:
+        SettingsError: if this Megatron has not what Shampoo needs of it.
+    """
+    MEGATRON.check()
     reduce_sequence_parallel_gradients(model)
 
 

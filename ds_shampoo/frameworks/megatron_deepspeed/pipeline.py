@@ -16,11 +16,15 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, _get_block_submodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
 from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks.megatron import internals
+from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.megatron_deepspeed import mpu
+from ds_shampoo.frameworks.protocols import NamesWholeModel
+from ds_shampoo.parameters import marks
 
 _POSITIONS = ("learned_absolute", "rope", "none")
 _TIED = "embedding"
@@ -64,7 +68,7 @@ class GPTPipeline(PipelineModule):  # type: ignore[misc]
         topology = _topology()
         config = copy.copy(config)
         config.pipeline_model_parallel_size = 1  # DeepSpeed divides the layers: each is told its number over all
-        block = _get_block_submodules(config, transformer_layer_spec, pp_rank=0)
+        block = internals.layers_of(config, transformer_layer_spec)
         embedding = (config, vocab_size, max_sequence_length)
         rotary = None
         if position_embedding_type == "rope":
@@ -141,7 +145,7 @@ class GPTPipeline(PipelineModule):  # type: ignore[misc]
         first_slice = self._grid.get_slice_parallel_rank() == 0
         for parameter in self.parameters():
             if parameter.ds_pipe_replicated:  # another stage's copy of tied weights counts
-                parameter.tensor_model_parallel = False
+                internals.unmark_slice(parameter)
             elif first_slice:
                 parameter.model_parallel = True
 
@@ -155,7 +159,7 @@ class Ranks:
     def __init__(self, grid: Any) -> None:
         self._grid = grid
 
-    def shampoo_name(self, model: GPTPipeline, name: str) -> str:
+    def shampoo_name(self, model: NamesWholeModel, name: str) -> str:
         """A parameter's name among those of all stages."""
         return model.whole_model_name(name)
 
@@ -177,7 +181,7 @@ class Embedding(LanguageModelEmbedding):  # type: ignore[misc]
         tied: bool = False,
     ) -> None:
         super().__init__(config, vocab_size, max_sequence_length, position_embedding_type)
-        self.word_embeddings.weight.is_embedding_or_output_parameter = True
+        marks.mark_embedding_or_head(self.word_embeddings.weight)
         self.head = OutputLayer(config, vocab_size, skip_weight_param_allocation=True) if tied else None
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
@@ -235,7 +239,7 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
             **others,
         )
         if self.weight is not None:
-            self.weight.is_embedding_or_output_parameter = True
+            marks.mark_embedding_or_head(self.weight)
 
     def forward(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
         return super().forward(hidden, weight)[0]  # type: ignore[no-any-return]
@@ -266,6 +270,7 @@ def _checkpoint(function: Any, *arguments: Tensor) -> Any:
 
 def _refuse_unsupported(config: TransformerConfig, stages: int, positions: str) -> None:
     """Raises a SettingsError that names the first thing that a pipeline under DeepSpeed can't have."""
+    MEGATRON.check()
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     refusals = (
         (positions not in _POSITIONS, f"position_embedding_type = '{positions}': must be one of {_POSITIONS}"),
