@@ -34,11 +34,11 @@ def main() -> None:
     arguments = TrainingArguments(
         output_dir=flags.output,
         deepspeed=flags.deepspeed,
+        learning_rate=4e-3,  # "auto" in the JSON takes this one; Trainer's own default is 5e-5
+        weight_decay=0.01,  # and this one
         max_steps=flags.steps,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
-        learning_rate=4e-3,  # "auto" in the JSON takes this one; Trainer's own default is 5e-5
-        weight_decay=0.01,
         lr_scheduler_type="cosine",
         warmup_steps=flags.steps // 10,
         eval_strategy="steps",
