@@ -20,7 +20,9 @@ class TrainerShampoo(Shampoo):
         settings: Shampoo's own.
     """
 
-    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], named_by: nn.Module, **settings: Any):
+    def __init__(
+        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], named_by: nn.Module, **settings: Any
+    ) -> None:
         super().__init__(params, model=named_by, **settings)
 
 
@@ -31,8 +33,7 @@ def for_trainer(model: nn.Module, *, lr: float, **settings: Any) -> tuple[type[S
     trainer = Trainer(model, arguments, ..., optimizer_cls_and_kwargs=ds_shampoo.for_trainer(model, lr=2e-3))
     ```
 
-    Trainer makes the param groups: weight matrices with the `weight_decay` of its TrainingArguments, biases and norms
-    without. Of its other arguments for optimizers (`learning_rate`, `adam_beta1`, `optim_args`, ...) it looks at none
+    Trainer makes the param groups: weights with the `weight_decay` of its TrainingArguments, biases and norms without. Of its other arguments for optimizers (`learning_rate`, `adam_beta1`, `optim_args`, ...) it looks at none
     then.
 
     Args:
