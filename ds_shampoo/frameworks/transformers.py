@@ -33,8 +33,8 @@ def for_trainer(model: nn.Module, *, lr: float, **settings: Any) -> tuple[type[S
     trainer = Trainer(model, arguments, ..., optimizer_cls_and_kwargs=ds_shampoo.for_trainer(model, lr=2e-3))
     ```
 
-    Trainer makes the param groups: weights with the `weight_decay` of its TrainingArguments, biases and norms without. Of its other arguments for optimizers (`learning_rate`, `adam_beta1`, `optim_args`, ...) it looks at none
-    then.
+    Trainer makes the param groups: weights with the `weight_decay` of its TrainingArguments, biases and norms without.
+    Of its other arguments for optimizers (`learning_rate`, `adam_beta1`, `optim_args`, ...) it looks at none then.
 
     Args:
         model: the one that Trainer gets; gives parameters their names and tells embeddings and heads.

@@ -58,8 +58,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Checks the optimizer section of a config that names Shampoo.
 
     Raises:
-        SettingsError: for a key in the section that nobody reads, for params that are no object, and for an "auto" among
-            them that no trainer has filled in.
+        SettingsError: for a key in the section that nobody reads, for params that are no object, and for an "auto"
+            in them that no trainer has filled in.
     """
     section: Any = config.get("optimizer") or {}
     for key in section:
