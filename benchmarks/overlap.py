@@ -27,7 +27,7 @@ from benchmarks import machine
 from benchmarks.report import number, table
 from benchmarks.workload import windows
 from ds_shampoo import Shampoo
-from ds_shampoo.algorithm.roots import inverse_root
+from ds_shampoo.algorithm.inverse_roots import inverse_root
 from ds_shampoo.roots.pool import Task, ThreadPool
 from gpt.data import Corpus, load_corpus
 from gpt.model import GPT, GPTConfig

@@ -186,6 +186,9 @@ class ShampooConfig(GroupSettings):
 
 _Settings = TypeVar("_Settings", bound=GroupSettings)
 
+# Each rank's own affair; all else decides what is computed, and is the same on all ranks.
+OF_THE_MACHINE = frozenset({"root_threads", "root_cores", "root_timeout"})
+
 _JOB_KEYS = frozenset(ShampooConfig.model_fields) - frozenset(GroupSettings.model_fields)
 _GROUP_KEYS = frozenset(GroupSettings.model_fields) | {"preconditioned"}
 

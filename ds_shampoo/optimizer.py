@@ -1,14 +1,12 @@
-"""Shampoo as a torch optimizer: checks its settings, keeps one ShardedGroup per param group, saves and restores."""
+"""Shampoo as a torch optimizer: its settings, its step, and what it says of itself."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
@@ -21,22 +19,17 @@ from ds_shampoo.config import (
     parse,
     parse_group,
 )
+from ds_shampoo.parameters.data_parallel import layout_for, listed
 from ds_shampoo.parameters.reading import Parameters
 from ds_shampoo.parameters.unbound import Unbound, waits_to_be_bound
 from ds_shampoo.report.announcement import Announcement
 from ds_shampoo.report.metrics import collect
-from ds_shampoo.sharding.layout import Layout, WholeLayout
-from ds_shampoo.state import resuming
+from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.state.anew import read_anew
 from ds_shampoo.state.group_records import GroupRecords
-from ds_shampoo.state.shown import ShownBlocks, with_blocks
-from ds_shampoo.step.elementwise import new_state
-from ds_shampoo.step.rounds import Rounds
+from ds_shampoo.state.stateful import StatefulOptimizer
 from ds_shampoo.step.sharded_group import ShardedGroup
-from ds_shampoo.step.subgroups import BoundSubgroup, Subgroup, Subgroups
-from ds_shampoo.step.transaction import Transaction
-
-logger = logging.getLogger("ds_shampoo")
+from ds_shampoo.step.subgroups import Subgroups
 
 NamedParameters = Iterable[tuple[str, Tensor]]
 
@@ -44,7 +37,7 @@ NamedParameters = Iterable[tuple[str, Tensor]]
 unbound: Unbound[Shampoo] = Unbound()
 
 
-class Shampoo(Optimizer):
+class Shampoo(StatefulOptimizer):
     """Distributed Shampoo (Anil et al., arXiv 2002.09018), with blocks and grafting, as docs/algorithm.md specifies it.
 
     Args:
@@ -94,7 +87,9 @@ class Shampoo(Optimizer):
         root_cores: cores for the root threads of all ranks of a machine, a list or a string like "0-3,8"; "auto"
             for each rank's own.
         root_timeout: seconds after which a thread that is at one root is taken to hang.
-        model: the module that the parameters belong to; gives them names and tells embeddings and heads.
+        model: the module that the parameters belong to; gives them names and tells embeddings and heads. Where it is a
+            DistributedDataParallel, or has one in it with all that is trained, its ranks share the blocks out: all of
+            them make the optimizer, step it and load its state, at once.
         layout: how a host framework lays parameters out; None for whole parameters in one process.
 
     Raises:
@@ -148,9 +143,11 @@ class Shampoo(Optimizer):
         config = parse({**settings, **unknown})
         self._config = config
         self._given_names: dict[int, str] = {}  # by the parameter's id
-        parameters = Parameters(model, layout or WholeLayout(), config)
+        if layout is None:
+            params = listed(params)
+        parameters = Parameters(model, layout or layout_for(model, params), config)
         subgroups = Subgroups(config, parameters.layout, parameters.model_order)
-        self._use(parameters, subgroups, GroupRecords(config, subgroups), alone=layout is None)
+        self._use(parameters, subgroups, GroupRecords(config, subgroups))
         defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
         super().__init__(params, defaults)
         if layout is None:
@@ -185,21 +182,14 @@ class Shampoo(Optimizer):
             records=self._records,
             names=self._given_names,
         )
-        self._use(parameters, subgroups, records, alone=False)
+        self._use(parameters, subgroups, records)
         self.state.clear()
         unbound.discard(self)
         self._take_up()
 
-    def _use(self, parameters: Parameters, subgroups: Subgroups, records: GroupRecords, alone: bool) -> None:
-        """Begins with what was read of the parameters; `alone` where no framework lays them out."""
-        self.layout, self._parameters = parameters.layout, parameters
-        self._subgroups, self._records = subgroups, records
-        self._announcement = Announcement(subgroups, parameters, alone)
-        self._transaction = Transaction()
-        self._shown = ShownBlocks()
-        self._rounds = Rounds(subgroups)
-        # Whether the state that was loaded last was saved by Shampoo.
-        self.took_up_shampoo = False
+    def _use(self, parameters: Parameters, subgroups: Subgroups, records: GroupRecords) -> None:
+        super()._use(parameters, subgroups, records)
+        self._announcement = Announcement(subgroups, parameters)
 
     def _take_up(self) -> torch.device:
         """What is done once the first param groups are there; returns the device that their blocks are on."""
@@ -218,7 +208,8 @@ class Shampoo(Optimizer):
         Raises:
             SettingsError: for a setting that is refused, a sparse or complex parameter, or a name used twice.
         """
-        settings = parse_group(param_group, self.defaults)
+        known = {key: self.defaults[key] for key in GroupSettings.model_fields}  # torch adds keys of its own on loading
+        settings = parse_group(param_group, known)
         check_delay(settings, self._config.root_delay)
         params = param_group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
@@ -231,26 +222,38 @@ class Shampoo(Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads and schedules, which it would trace anew each step
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step with the gradients that the parameters have; those without are left alone.
+
+        Ranks that share blocks all call it at once.
 
         What it raises while it waits leaves everything as if it had not been called, and it may be called again. A
         signal that arrives while it changes weights and state is handled when it is done.
 
+        Args:
+            closure: computes the gradients anew; it is called first, and nothing is done where it fails.
+
+        Returns:
+            The loss that the closure gives; None without one.
+
         Raises:
-            ValueError: if a closure is given.
             SettingsError: for a setting of a param group that was changed to a value that is refused, or that
                 decides what blocks there are.
             WorkerError: naming the block, where its root can't be computed.
             BrokenStepError: if an earlier step failed half-way and no state was loaded since.
         """
-        if closure is not None:
-            raise ValueError("Shampoo.step takes no closure: compute the loss and its gradients before the step")
-        if not self.layout.in_training():
-            return
         self._transaction.check()
+        self.layout.check_step()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.layout.in_training():
+            return loss
         goes_on = self.layout.keeps_blocks_apart and self._rounds.under_way  # elsewhere one call steps everything
         subgroups = self._prepared(goes_on)
+        self._announcement.make(self.param_groups)
+        self._consolidation.forget()
         with self._transaction.running():
             for number, subgroup in enumerate(subgroups):
                 self._rounds.begin(subgroup.sharded, first=number == 0 and not goes_on)
@@ -260,6 +263,7 @@ class Shampoo(Optimizer):
                 self._shown.note(subgroup)
                 self._rounds.end(subgroup.sharded)
             self._transaction.end()
+        return loss
 
     @property
     def between_steps(self) -> bool:
@@ -301,70 +305,6 @@ class Shampoo(Optimizer):
         """
         return collect(self._subgroups.groups, self._subgroups.workplaces, sync)
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's `state` and `param_groups`, with this rank's factors and roots under each parameter's "blocks".
-
-        That is a dict by the block's number in the parameter, of tensors, numbers and dicts of these: `torch.load`
-        takes it with `weights_only=True`, and `torch.distributed.checkpoint` as it is. As in every torch optimizer the
-        tensors are those in use. Under DeepSpeed there are no blocks in it: `engine.save_checkpoint` writes them to
-        files of their own.
-
-        Raises:
-            BrokenStepError: if a step failed half-way.
-        """
-        self._transaction.check()
-        if not self.layout.keeps_blocks_apart:
-            self._all_bound()
-        handle = self.register_state_dict_post_hook(self._completed, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave, bit for bit, on the rank and world size that saved it.
-
-        As with every torch optimizer the saved settings come back too; those that differ from the present ones
-        are logged. Under DeepSpeed the JSON's hold, but for the learning rate and what else was changed since the
-        param group was made (by a scheduler, say), and another optimizer's moments are taken up too.
-
-        Raises:
-            SettingsError: if the state is not Shampoo's, has other param groups, the blocks were cut with other
-                settings, or factors are missing; nothing is touched then.
-        """
-        loaded: dict[str, Any] = {}
-
-        def last(_: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:  # what others' hooks made of it
-            loaded.update(self._adapted(hooked))
-            self._transaction.begin()
-            return {
-                **loaded,
-                "state": {number: resuming.without_blocks(state) for number, state in loaded["state"].items()},
-            }
-
-        handles = [
-            self.register_load_state_dict_pre_hook(last),
-            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
-        ]
-        try:
-            with self._transaction.running():
-                super().load_state_dict(dict(state_dict))
-                self._transaction.end()
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._transaction.mend()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuses to be copied or pickled: threads, device streams and jobs under way can't be.
-
-        Raises:
-            TypeError: saying what to do instead.
-        """
-        raise TypeError(
-            "a Shampoo optimizer can't be copied or pickled: make a new one, and give it this one's state_dict()"
-        )
-
     @property
     def workspace_bytes(self) -> int:
         """Kept from step to step beside the state and the host's buffers; on CPUs only."""
@@ -379,32 +319,6 @@ class Shampoo(Optimizer):
         """Gives the blocks other turns, before they step: those that several optimizers of one job share."""
         self._subgroups.turns = dict(turns)
 
-    def subgroups(self, to_load: bool = False) -> list[BoundSubgroup]:
-        """All that has blocks, stepped at present or not, with its present settings and state.
-
-        Args:
-            to_load: to put a state there, after which `mend` is to be called.
-
-        Raises:
-            BrokenStepError: if a step failed half-way, and so there is nothing to save.
-        """
-        if not to_load:
-            self._transaction.check()
-        return self._all_bound()
-
-    def mend(self) -> None:
-        """For whoever has loaded all of the state, by other ways than `load_state_dict` too."""
-        self._transaction.mend()
-
-    def made(self) -> list[dict[str, Any]]:
-        """By param group, everything but its parameters as it was when the group was made."""
-        return self._records.made(self.param_groups)
-
-    def scheduled(self) -> list[dict[str, Any]]:
-        """By param group, what a checkpoint brings back: its learning rate, and what was changed since it was made."""
-        made = self.made()
-        return [resuming.scheduled(group, own) for group, own in zip(self.param_groups, made, strict=True)]
-
     def sliced_parameters(self) -> set[str]:
         """The names of those of which tensor-parallel ranks hold a slice each."""
         return {p.name for group in self._subgroups.logical for p in group if p.sections is not None}
@@ -412,99 +326,3 @@ class Shampoo(Optimizer):
     @property
     def _groups(self) -> dict[int, ShardedGroup]:
         return dict(enumerate(self._subgroups.groups))
-
-    def _all_bound(self) -> list[BoundSubgroup]:
-        self._parameters.check_patterns(self._subgroups.logical)
-        stand_ins = self._subgroups.stand_ins(self.param_groups)
-        return [subgroup for group, tensors in stand_ins for subgroup in self._bound(group, tensors)]
-
-    def _bound(self, group: Mapping[str, Any], stand_ins: Sequence[Tensor]) -> Iterator[BoundSubgroup]:
-        """A group's subgroups, or those of the part of it that `stand_ins` stands for; what is missing is built."""
-        settings = self._records.settings(group)
-        for subgroup in self._subgroups.of(group["group_index"], stand_ins, settings):
-            own = subgroup.of(stand_ins)
-            yield BoundSubgroup(subgroup, settings, own, self._states_of(subgroup, own, settings))
-
-    def _prepared(self, goes_on: bool) -> list[BoundSubgroup]:
-        """What this call of `step` steps, after all waiting.
-
-        Where a framework calls once for each param group, the first call waits for all of them: one that failed in
-        the middle would leave some of them a step ahead.
-
-        Args:
-            goes_on: whether other param groups have taken this step already.
-        """
-        try:
-            if self.layout.keeps_blocks_apart and not goes_on:
-                for each in self._subgroups.all:
-                    settings = self._records.last(each.index)
-                    if settings is not None:
-                        each.sharded.wait_for_roots(settings)
-            self._parameters.check_patterns(self._subgroups.logical)
-            taking_part = [group for group in self.param_groups if self._subgroups.takes_part(group)]
-            bound = [subgroup for group in taking_part for subgroup in self._bound(group, group["params"])]
-            self._announcement.make(self.param_groups)
-            for subgroup in bound:
-                subgroup.sharded.prepare(subgroup.stand_ins, subgroup.states, subgroup.settings)
-        except BaseException as error:
-            if goes_on:
-                self._transaction.fail(error)
-            raise
-        return bound
-
-    def _states_of(
-        self, subgroup: Subgroup, stand_ins: Sequence[Tensor], settings: GroupSettings
-    ) -> list[dict[str, Any]]:
-        """The elementwise state of a subgroup's tensors, made where it is missing; without it blocks begin anew."""
-        if not self.layout.keeps_blocks_apart:
-            states = [self._state_of(param) for param in stand_ins]
-            for name, param, state in zip(subgroup.names, stand_ins, states, strict=True):
-                self._shown.follow(subgroup.sharded, name, param, state, settings=settings)
-            return states
-        lost = subgroup.sharded.last_step > 0 and any(
-            not self.state.get(p) and not self.layout.absent(p) for p in stand_ins
-        )
-        if lost:
-            logger.warning("the state of a param group is gone: its blocks begin anew, without statistics and roots")
-            subgroup.sharded.restart(subgroup.sharded.table.blocked.keys())
-        return [self._state_of(param) for param in stand_ins]
-
-    def _completed(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state with what torch does not know of, before others' hooks see it."""
-        if self.layout.keeps_blocks_apart:
-            made = self.made()
-            groups = [
-                {**saved, resuming.CHANGED: sorted(resuming.changed(group, own))}
-                for saved, group, own in zip(state_dict["param_groups"], self.param_groups, made, strict=True)
-            ]
-            return {**state_dict, "param_groups": groups, "blocks": {}}
-        return with_blocks(state_dict, self.param_groups, self._all_bound())
-
-    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state as it is to be loaded, held against this optimizer.
-
-        Raises:
-            SettingsError: if it does not fit.
-        """
-        resuming.check_groups(state_dict, self.param_groups)
-        if not self.layout.keeps_blocks_apart:
-            return resuming.adapted(state_dict, self.param_groups, self._subgroups.logical)
-        groups = resuming.with_present_settings(state_dict, self.param_groups, self.made())
-        return {**state_dict, "param_groups": groups}
-
-    def _restore(self, loaded: Mapping[str, Any]) -> None:
-        """What torch's loading leaves to do, before others' hooks see the result."""
-        resuming.restore_exactly(self.state, loaded, self.param_groups)
-        self._records.forget()
-        if not self.layout.keeps_blocks_apart:
-            self._rounds.forget()
-            self._shown.clear()
-            self._subgroups.forget(resuming.parameters_with_blocks(loaded, self._subgroups.logical))
-        for subgroup in self._all_bound():
-            subgroup.sharded.last_step = max((int(s["step"]) for s in subgroup.states if "step" in s), default=0)
-
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[param]
-        if not state and not self.layout.absent(param):
-            state.update(new_state(param))
-        return state

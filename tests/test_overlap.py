@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ds_shampoo import Shampoo
-from ds_shampoo.algorithm.roots import InverseRoot, inverse_root
+from ds_shampoo.algorithm.inverse_roots import InverseRoot, inverse_root
 from ds_shampoo.roots import jobs
 from ds_shampoo.roots.pool import WorkerError
 
@@ -215,7 +215,7 @@ import importlib.util, os, signal, sys, threading, time
 import torch
 from torch import nn
 from ds_shampoo import Shampoo
-from ds_shampoo.algorithm.roots import inverse_root
+from ds_shampoo.algorithm.inverse_roots import inverse_root
 from ds_shampoo.roots import jobs
 
 def slow(*arguments):

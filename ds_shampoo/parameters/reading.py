@@ -30,6 +30,7 @@ class Parameters:
     def __init__(self, model: nn.Module | None, layout: Layout, config: ShampooConfig) -> None:
         self.model, self.layout, self._config = model, layout, config
         self._patterns_hold = False
+        self._sharding, self._looked_again = wrappers.sharding(model), False
         self._names = selection.names(model) if model is not None else {}
         self._reader = selection.Reader(layout.shape, marks.is_embedding_or_head)
         self._kinds = selection.kinds(model, self._reader) if model is not None else {}
@@ -78,7 +79,7 @@ class Parameters:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"Shampoo takes tensors or (name, tensor) pairs, not {type(tensor).__name__}")
         own_name = name or self._names.get(id(tensor), f"param_{position}")
-        unfit = wrappers.check_parameter(own_name, tensor)
+        unfit = wrappers.check_parameter(own_name, tensor, self._sharding)
         accelerators.check_parameter(own_name, tensor)
         name, shape = self.layout.name(own_name, tensor), self.layout.shape(tensor)
         found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor, self._reader)
@@ -116,6 +117,19 @@ class Parameters:
                 raise
             self._misfits.append(str(error))
             return None
+
+    def look_again(self, groups: Iterable[Iterable[LogicalParameter]]) -> None:
+        """Looks once more, at the first step, for a wrapper that has sharded the parameters since.
+
+        Raises:
+            SettingsError: naming the first that it has.
+        """
+        if self._looked_again or self.layout.keeps_blocks_apart:
+            return
+        sharding = wrappers.sharding(self.model)
+        for parameter in (parameter for group in groups for parameter in group):
+            wrappers.check_parameter(parameter.name, parameter.tensor, sharding)
+        self._looked_again = True
 
     def check_patterns(self, groups: Iterable[Iterable[LogicalParameter]]) -> None:
         """Holds the settings' name patterns against all names, on all ranks together; once they held, never again.

@@ -26,6 +26,12 @@ logger = logging.getLogger("ds_shampoo")
 _LONG = 2**19
 
 _SHARE = "under DeepSpeed Shampoo runs on every ZeRO stage, and ranks share its work: ds_shampoo.initialize"
+# What a wrapper shards modules with, by where its type is found; nothing is imported for the question.
+_SHARDING_MODULES = (
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "FSDP"),
+    ("torch.distributed.fsdp", "FSDPModule", "fully_shard (FSDP2)"),
+    ("torch.distributed._composable.fsdp", "FSDPModule", "fully_shard (FSDP2)"),
+)
 
 
 class Unfit(NamedTuple):
@@ -42,8 +48,36 @@ def unfit(tensor: Tensor) -> Unfit | None:
     return _wrapped(tensor) or _odd(tensor)
 
 
-def check_parameter(name: str, tensor: Tensor) -> str:
+class Sharding(NamedTuple):
+    """That a wrapper has sharded parts of a model.
+
+    Attributes:
+        found: what its parameters are, whatever a tensor of them looks like at the moment.
+        spared: the ids of the model's parameters that are not of those parts.
+    """
+
+    found: Unfit
+    spared: frozenset[int]
+
+
+def sharding(model: nn.Module | None) -> Sharding | None:
+    """What a wrapper has sharded of a model, by modules or by tensors; None where nothing is."""
+    if model is None:
+        return None
+    found = [(module, what) for module in model.modules() if (what := _sharded_by(module))]
+    inside = {id(parameter) for module, _ in found for parameter in module.parameters()}
+    wrapped = {id(p): unfit for p in model.parameters() if (unfit := _sharded(p)) is not None}
+    spared = frozenset(id(p) for p in model.parameters()) - inside - set(wrapped)
+    if found:
+        return Sharding(Unfit(f"of a model that {found[0][1]} shards", _SHARE), spared)
+    return Sharding(next(iter(wrapped.values())), spared) if wrapped else None
+
+
+def check_parameter(name: str, tensor: Tensor, sharding: Sharding | None = None) -> str:
     """Refuses a tensor that is to be trained and can't be.
+
+    Args:
+        sharding: what is known of the model.
 
     Returns:
         What keeps a tensor from being trained that nobody trains, as a quantised weight; empty for an ordinary one.
@@ -52,6 +86,8 @@ def check_parameter(name: str, tensor: Tensor) -> str:
         SettingsError: naming the parameter, what it is, and what to do.
     """
     found = unfit(tensor)
+    if found is None and sharding is not None and id(tensor) not in sharding.spared and tensor.requires_grad:
+        found = sharding.found
     if found is None:
         return ""
     if tensor.requires_grad:
@@ -63,10 +99,12 @@ def warn_of_repeated_work(model: nn.Module | None) -> None:
     """Logs a warning, on the first rank, where several ranks have a Shampoo each that knows nothing of the others'."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_rank():
         return
-    where = "under DistributedDataParallel" if isinstance(model, DistributedDataParallel) else "as a plain optimizer"
+    wrapped = model is not None and any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    where = "under DistributedDataParallel" if wrapped else "as a plain optimizer"
     logger.warning(
         "Shampoo was built %s on %d ranks, which share no work then: each keeps all factors of the parameters that it "
-        "was given and computes all their roots; %s",
+        "was given and computes all their roots. With model=ddp, a DistributedDataParallel module that has all that is "
+        "trained, its ranks share the work; %s",
         where,
         dist.get_world_size(),
         _SHARE,
@@ -125,6 +163,18 @@ def _mostly_flat(reasons: Mapping[str, str], shapes: Mapping[str, tuple[int, ...
 
 def _wrapped(tensor: Tensor) -> Unfit | None:
     """What a wrapper made a tensor of; nothing is imported for the question."""
+    sharded = _sharded(tensor)
+    if sharded is None and is_traceable_wrapper_subclass(tensor):
+        return Unfit(f"a {type(tensor).__name__}, a tensor that wraps others", "train plain tensors, or leave it out")
+    return sharded
+
+
+def _sharded_by(module: nn.Module) -> str:
+    return next((what for where, name, what in _SHARDING_MODULES if _is(module, where, name)), "")
+
+
+def _sharded(tensor: Tensor) -> Unfit | None:
+    """What a wrapper made a tensor of that leaves a part of it on every rank."""
     if _is(tensor, "torch.distributed.fsdp", "FlatParameter") or getattr(tensor, "_fsdp_flattened", False):
         return Unfit(
             "part of a FlatParameter of FSDP",
@@ -132,8 +182,6 @@ def _wrapped(tensor: Tensor) -> Unfit | None:
         )
     if _is(tensor, "torch.distributed.tensor", "DTensor"):
         return Unfit("a DTensor (FSDP2 or torch's tensor parallelism)", f"this rank has a part of it only; {_SHARE}")
-    if is_traceable_wrapper_subclass(tensor):
-        return Unfit(f"a {type(tensor).__name__}, a tensor that wraps others", "train plain tensors, or leave it out")
     return None
 
 
@@ -146,6 +194,6 @@ def _odd(tensor: Tensor) -> Unfit | None:
     return None
 
 
-def _is(tensor: Any, module: str, name: str) -> bool:
+def _is(value: Any, module: str, name: str) -> bool:
     found = getattr(sys.modules.get(module), name, None)
-    return found is not None and isinstance(tensor, found)
+    return found is not None and isinstance(value, found)

@@ -18,9 +18,8 @@ logger = logging.getLogger("ds_shampoo")
 class Announcement:
     """Says it when it is complete, and again when subgroups have come later."""
 
-    def __init__(self, subgroups: Subgroups, parameters: Parameters, alone: bool) -> None:
-        """`alone`: no framework lays the parameters out, so that ranks share no work."""
-        self._subgroups, self._parameters, self._alone = subgroups, parameters, alone
+    def __init__(self, subgroups: Subgroups, parameters: Parameters) -> None:
+        self._subgroups, self._parameters = subgroups, parameters
         self._announced = 0
         self._said: set[str] = set()
 
@@ -38,7 +37,7 @@ class Announcement:
         built = self._subgroups.groups
         if len(built) < self._subgroups.expected() or len(built) == self._announced:
             return
-        if self._alone and not self._announced:
+        if self._parameters.layout.alone and not self._announced:
             wrappers.warn_of_repeated_work(self._parameters.model)
         self._announced = len(built)
         if any(sharded.table.partition.rank for sharded in built):

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ds_shampoo.algorithm.roots import StoppedError, ask_between_pieces
+from ds_shampoo.algorithm.inverse_roots import StoppedError, ask_between_pieces
 from ds_shampoo.roots import native
 from ds_shampoo.roots.tasks import Task
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.roots import ZERO_BELOW, Outcome, between_pieces, inverse_root
+from ds_shampoo.algorithm.inverse_roots import ZERO_BELOW, Outcome, between_pieces, inverse_root
 from ds_shampoo.algorithm.triangle import unpack
 from ds_shampoo.roots.transfer import HostCopy, Transfers
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -25,15 +26,28 @@ class Layout(ABC):
 
     Attributes:
         keeps_blocks_apart: the framework's checkpoints have the blocks in files of their own, outside `state_dict`.
+        alone: nobody lays the parameters out, so that several ranks' optimizers would share no work.
         steps_empty: a group that lies on other ranks only is stepped all the same, since this one may own its blocks.
     """
 
+    alone: bool = False
     keeps_blocks_apart: bool = False
     steps_empty: bool = False
 
     def in_training(self) -> bool:
         """False while the framework calls `step` only to have state allocated, as DeepSpeed does in set-up."""
         return True
+
+    def check_step(self) -> None:  # noqa: B027  # one process takes every step
+        """Refuses a step that the ranks can't take together; before anything of it."""
+
+    def check_alike(self, own: Mapping[str, object]) -> None:  # noqa: B027  # and is like itself
+        """Holds what has to be the same on all ranks against the other ranks'; all ranks ask at once."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what a rank may refuse: where one does, all do."""
+        yield
 
     def device(self, parameter: Tensor) -> torch.device:
         """Where blocks are kept and preconditioned: that of the model's compute, wherever shards lie."""
@@ -86,6 +100,8 @@ class Layout(ABC):
 
 class WholeLayout(Layout):
     """One process, every parameter whole: Shampoo as an ordinary torch optimizer."""
+
+    alone = True
 
     def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         if [id(parameter.tensor) for parameter in members] != [id(tensor) for tensor in stand_ins]:

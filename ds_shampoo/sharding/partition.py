@@ -53,12 +53,15 @@ class Partition:
         fragments: those of all ranks, in an order that all ranks share.
         rank, world_size: of this process in `process_group`.
         process_group: the group's data-parallel ranks; None for a single process.
+        missing_alike: a parameter without gradient has none on any of these ranks, and takes no part in a step.
+            Elsewhere it may be missing on this rank alone, and counts as zero.
     """
 
     fragments: Sequence[Fragment]
     rank: int = 0
     world_size: int = 1
     process_group: dist.ProcessGroup | None = None
+    missing_alike: bool = False
 
 
 def check_agreement(value: int, what: str, partition: Partition, device: torch.device) -> None:
@@ -81,3 +84,10 @@ def whole_fragments(originals: Sequence[LogicalParameter], rank: int) -> list[Fr
         for buffer, parameter in enumerate(originals)
         if parameter.tensor.numel()
     ]
+
+
+def replicated(parameters: Sequence[LogicalParameter], group: dist.ProcessGroup, missing_alike: bool) -> Partition:
+    """Every rank of a group holds every parameter whole, each in a buffer of its own."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    fragments = [fragment for each in range(world_size) for fragment in whole_fragments(parameters, each)]
+    return Partition(fragments, rank, world_size, group, missing_alike)

@@ -63,6 +63,7 @@ def adapted(
     Raises:
         SettingsError: if it is not Shampoo's, its blocks were cut with other settings, or one does not fit.
     """
+    check_groups(state_dict, groups)
     check_fits(state_dict, groups)
     whole = [
         {**{key: present[key] for key in GroupSettings.model_fields}, **saved}
@@ -70,6 +71,20 @@ def adapted(
     ]
     check_blocks(state_dict, whole, logical)
     return {**state_dict, "param_groups": whole}
+
+
+def told(state_dict: Mapping[str, Any]) -> dict[str, object]:
+    """What ranks that load one state together have to have in common: the step counts and the settings."""
+    counts = {
+        f"the step count of parameter {number} in the state": int(entry.get("step", 0)) if entry else 0
+        for number, entry in state_dict["state"].items()
+    }
+    settings = {
+        f"'{key}' of param group {index} in the state": group[key]
+        for index, group in enumerate(state_dict["param_groups"])
+        for key in GroupSettings.model_fields
+    }
+    return counts | settings
 
 
 def check_groups(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:

@@ -51,6 +51,7 @@ class ShownBlocks:
         """
         _mend(state, param)
         if not sharded.owned_blocks_of(name):
+            state.pop(BLOCKS, None)  # a checkpoint has those of all ranks
             return
         shown, present = self._shown.get(param), state.get(BLOCKS)
         if shown is not None and present is not shown.blocks and _is_copy(present, shown.blocks):

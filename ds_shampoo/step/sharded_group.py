@@ -117,7 +117,7 @@ class ShardedGroup:
             if param.grad is not None and param.grad.is_sparse:
                 raise RuntimeError("Shampoo does not support sparse gradients; build the embedding with sparse=False")
         steps = [self._step_to_come(param, state) for param, state in zip(stand_ins, states, strict=True)]
-        if self.plan.moves or any(steps):
+        if self._waited_for or any(steps):
             for keeper, step_counts in zip(self._keepers, self._step_counts(steps, self.last_step + 1), strict=True):
                 keeper.prepare(step_counts, settings)
 
@@ -202,8 +202,13 @@ class ShardedGroup:
 
         One that is trained takes part without a gradient too, as if it were zero, where others wait for its pieces.
         """
-        takes_part = param.grad is not None or (self.plan.moves and param.requires_grad)
+        takes_part = param.grad is not None or (self._waited_for and param.requires_grad)
         return int(state["step"]) + 1 if takes_part else 0
+
+    @property
+    def _waited_for(self) -> bool:
+        """Whether others may wait for pieces of what has no gradient here."""
+        return self.plan.moves and not self.table.partition.missing_alike
 
     def _tensor_step(self, param: Tensor, state: dict[str, Any], settings: GroupSettings) -> TensorStep:
         grad = param.grad if param.grad is not None else torch.zeros_like(param)
@@ -217,7 +222,7 @@ class ShardedGroup:
             self._tensor_step(param, state, settings) if self._step_to_come(param, state) else None
             for param, state in zip(stand_ins, states, strict=True)
         ]
-        if not self.plan.moves and not any(tensors):
+        if not self._waited_for and not any(tensors):
             return None
         blank = [torch.zeros(0, dtype=torch.float32, device=self.device)] * len(stand_ins)
         if self.plan.moves and None in tensors:  # frozen: others expect its pieces, and pass them over

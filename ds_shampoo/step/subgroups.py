@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_shampoo.accelerators import module_of
 from ds_shampoo.algorithm import multi_tensor
 from ds_shampoo.algorithm.blocks import Block
-from ds_shampoo.config import GroupSettings, SettingsError, ShampooConfig
+from ds_shampoo.config import OF_THE_MACHINE, GroupSettings, SettingsError, ShampooConfig
 from ds_shampoo.roots.schedule import RootSchedule, turns_of
 from ds_shampoo.roots.service import RootService
 from ds_shampoo.sharding.layout import Layout
@@ -305,6 +305,7 @@ class Subgroups:
         """
         if self._groups_with_turns == len(self.logical):
             return
+        self.layout.check_alike(self._has_to_be_alike(self._groups_with_turns))
         members: dict[RootSchedule, list[tuple[int, list[Block]]]] = {}
         for index in range(self._groups_with_turns, len(self.logical)):
             settings = self._schedules[index]
@@ -319,3 +320,21 @@ class Subgroups:
         for blocks in self.layout.everyones(mine).values():
             self.turns.update(zip(blocks, turns_of(blocks, len(self.turns)), strict=True))
         self._groups_with_turns = len(self.logical)
+
+    def _has_to_be_alike(self, first: int) -> dict[str, object]:
+        """What ranks have to agree on that share blocks: settings, and the param groups from the `first` on."""
+        own = {*GroupSettings.model_fields, *OF_THE_MACHINE}
+        said: dict[str, object] = {
+            f"Shampoo setting '{key}'": value for key, value in self._config.model_dump(exclude=own).items()
+        }
+        for index in range(first, len(self.logical)):
+            said |= {
+                f"'{key}' of param group {index}": value for key, value in self._schedules[index].model_dump().items()
+            }
+            said |= {
+                f"parameter '{p.name}'": f"{tuple(p.shape)} {p.tensor.dtype} in param group {index}"
+                + (", preconditioned: false" if p.excluded else "")
+                + ("" if p.tensor.requires_grad else ", not trained")
+                for p in self.logical[index]
+            }
+        return said

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_shampoo.algorithm.roots import METHODS, Outcome, chain, inverse_root
-from ds_shampoo.algorithm.roots.solution import Solution
+from ds_shampoo.algorithm.inverse_roots import METHODS, Outcome, chain, inverse_root
+from ds_shampoo.algorithm.inverse_roots.solution import Solution
 
 
 def spd(n: int, rank: int, log_condition: float, scale: float, seed: int) -> torch.Tensor:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 import ds_shampoo
 from ds_shampoo.algorithm.blocks import cut
+from ds_shampoo.algorithm.inverse_roots import InverseRoot, inverse_root
 from ds_shampoo.algorithm.preconditioners import ShampooPreconditioner
-from ds_shampoo.algorithm.roots import InverseRoot, inverse_root
 from ds_shampoo.config import GroupSettings, parse
 from ds_shampoo.roots import jobs
 from ds_shampoo.roots.keeper import RootCounts, RootKeeper

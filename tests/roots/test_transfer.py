@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_shampoo import Shampoo
-from ds_shampoo.algorithm.roots import InverseRoot, inverse_root
+from ds_shampoo.algorithm.inverse_roots import InverseRoot, inverse_root
 from ds_shampoo.roots import jobs
 from ds_shampoo.roots.transfer import Transfers
 

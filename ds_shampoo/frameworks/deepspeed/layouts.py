@@ -18,7 +18,7 @@ from ds_shampoo.frameworks.deepspeed.experts import global_name
 from ds_shampoo.sharding.fragments import Fragment
 from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
-from ds_shampoo.sharding.partition import LogicalParameter, Partition, whole_fragments
+from ds_shampoo.sharding.partition import LogicalParameter, Partition, replicated
 
 _Said = TypeVar("_Said")
 
@@ -124,15 +124,7 @@ class ReplicatedLayout(EngineLayout):
             if tensor is not parameter.tensor:
                 present = parameter.tensor.reshape(-1)
                 self._prove(parameter, start=0, master=tensor, offset=0, present=present)
-        group = self._replicas(members)
-        ranks = range(dist.get_world_size(group))
-        fragments = [
-            fragment
-            for rank in ranks
-            for fragment, parameter in zip(whole_fragments(trained, rank), _nonempty(trained), strict=True)
-            if parameter.tensor.requires_grad
-        ]
-        return Partition(fragments, dist.get_rank(group), len(ranks), group)
+        return replicated(trained, self._replicas(members), missing_alike=False)
 
     def _replicas(self, members: Sequence[LogicalParameter]) -> dist.ProcessGroup:
         """The ranks that hold the same parameters: the data-parallel ones, or an expert's."""
@@ -273,10 +265,6 @@ def _difference(name: str, found: Tensor, present: Tensor) -> str:
         "weights or masters before Shampoo first saw them (safe_set_full_fp32_param, load_state_dict on the module): "
         "do that before deepspeed.initialize, or after it returned"
     )
-
-
-def _nonempty(parameters: Sequence[LogicalParameter]) -> list[LogicalParameter]:
-    return [parameter for parameter in parameters if parameter.tensor.numel()]
 
 
 def _misread(reason: str) -> RuntimeError:

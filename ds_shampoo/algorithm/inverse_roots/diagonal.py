@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.roots.solution import NoRootError, Solution
+from ds_shampoo.algorithm.inverse_roots.solution import NoRootError, Solution
 
 
 def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:

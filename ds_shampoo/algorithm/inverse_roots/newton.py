@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.roots.pieces import between_pieces
-from ds_shampoo.algorithm.roots.solution import NoRootError, Solution, checked_ridge
+from ds_shampoo.algorithm.inverse_roots.pieces import between_pieces
+from ds_shampoo.algorithm.inverse_roots.solution import NoRootError, Solution, checked_ridge
 
 _MAX_ITERATIONS = 200
 _TOLERANCE = 1e-13

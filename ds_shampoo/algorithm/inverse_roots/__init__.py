@@ -1,7 +1,7 @@
 """Inverse p-th roots of symmetric positive semi-definite matrices, in fp64 on the host."""
 
-from ds_shampoo.algorithm.roots.chain import METHODS, ZERO_BELOW, InverseRoot, Outcome, inverse_root
-from ds_shampoo.algorithm.roots.pieces import StoppedError, ask_between_pieces, between_pieces
+from ds_shampoo.algorithm.inverse_roots.chain import METHODS, ZERO_BELOW, InverseRoot, Outcome, inverse_root
+from ds_shampoo.algorithm.inverse_roots.pieces import StoppedError, ask_between_pieces, between_pieces
 
 __all__ = [
     "METHODS",

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.roots import diagonal, eigh, newton
-from ds_shampoo.algorithm.roots.pieces import between_pieces
-from ds_shampoo.algorithm.roots.solution import Method, NoRootError, Solution
+from ds_shampoo.algorithm.inverse_roots import diagonal, eigh, newton
+from ds_shampoo.algorithm.inverse_roots.pieces import between_pieces
+from ds_shampoo.algorithm.inverse_roots.solution import Method, NoRootError, Solution
 
 METHODS: Mapping[str, Method] = {"eigh": eigh.solve, "newton": newton.solve}
 

@@ -1,0 +1,234 @@
+"""What the workers run under torch's DistributedDataParallel, without DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+from ds_shampoo import SettingsError, Shampoo
+from tests.distributed.jobs import Trace, batch, build_model, flat
+
+
+def mean_loss(model: nn.Module, step: int, rank: int, world_size: int) -> Tensor:
+    mine = batch(step).chunk(world_size)[rank]
+    loss: Tensor = model(mine[:, :-1], mine[:, 1:])
+    return loss
+
+
+def train(
+    ddp: DistributedDataParallel, optimizer: Shampoo, first: int, steps: int, accumulation: int = 1
+) -> list[float]:
+    """Steps `first`, ... of the job; every rank must hold the same parameters after each of them."""
+    group = ddp.process_group
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    losses = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float32, device="cpu")
+        for part in range(accumulation):
+            quiet = ddp.no_sync() if part < accumulation - 1 else contextlib.nullcontext()
+            with quiet:
+                loss = mean_loss(ddp, step, rank * accumulation + part, world_size * accumulation) / accumulation
+                loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        dist.all_reduce(total, group=group)
+        losses.append(total.item() / world_size)
+        digests: list[Any] = [None] * world_size
+        dist.all_gather_object(digests, hashlib.sha256(flat(ddp).tobytes()).hexdigest(), group=group)
+        assert len(set(digests)) == 1, f"the ranks' parameters differ after step {step}"
+    return losses
+
+
+def made(settings: dict[str, Any], groups: Callable[[nn.Module], Any] | None = None, **ddp: Any) -> tuple[Any, Shampoo]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = DistributedDataParallel(build_model(), **ddp)
+    return wrapped, Shampoo(groups(wrapped.module) if groups else wrapped.parameters(), model=wrapped, **settings)
+
+
+def job(
+    steps: int,
+    settings: dict[str, Any],
+    groups: Callable[[nn.Module], Any] | None = None,
+    accumulation: int = 1,
+    **ddp: Any,
+) -> Trace:
+    """The job from its beginning; `extra` has the blocks of this rank and the names of what is trained."""
+    wrapped, optimizer = made(settings, groups, **ddp)
+    start = flat(wrapped)
+    losses = train(wrapped, optimizer, 0, steps, accumulation)
+    owned = [str(owned.block) for each in optimizer.subgroups() for owned in each.sharded.owned_blocks]
+    return Trace(losses, start, flat(wrapped), optimizer.metrics(), {"owned": owned, "table": optimizer.describe()})
+
+
+# ---------------------------------------------------------------- state
+
+
+def saved(path: str, steps: int, settings: dict[str, Any], to: int | None = 0) -> Trace:
+    """Trains, saves model and optimizer on the first rank, and goes on training for as long again."""
+    wrapped, optimizer = made(settings)
+    start = flat(wrapped)
+    losses = train(wrapped, optimizer, 0, steps)
+    optimizer.consolidate_state_dict(to)
+    if dist.get_rank() == 0:
+        torch.save({"model": wrapped.module.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    losses += train(wrapped, optimizer, steps, steps)
+    return Trace(losses, start, flat(wrapped), optimizer.metrics())
+
+
+def resumed(path: str, first: int, steps: int, settings: dict[str, Any]) -> tuple[Trace, bool]:
+    """Goes on from a save; also whether all of the optimizer's state came back as it was, bit for bit."""
+    wrapped, optimizer = made(settings)
+    start = flat(wrapped)
+    whole = torch.load(path, weights_only=True)
+    wrapped.module.load_state_dict(whole["model"])
+    optimizer.load_state_dict(whole["optimizer"])
+    shown_as_owned(optimizer)
+    optimizer.consolidate_state_dict()
+    equal = same(optimizer.state_dict(), whole["optimizer"])
+    losses = train(wrapped, optimizer, first, steps)
+    return Trace(losses, start, flat(wrapped), optimizer.metrics()), equal
+
+
+def shown_as_owned(optimizer: Shampoo) -> None:
+    """Every parameter's entry shows this rank's blocks of it, and no other rank's."""
+    for each in optimizer.subgroups():
+        for name, param in zip(each.subgroup.names, each.stand_ins, strict=True):
+            own = {str(owned.block.index) for owned in each.sharded.owned_blocks_of(name)}
+            assert set(optimizer.state[param].get("blocks", {})) == own
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees of tensors and numbers are equal to the bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return bool(a == b)
+
+
+def refused_states(settings: dict[str, Any]) -> list[str]:
+    """What `state_dict` says on a rank that has its own blocks only, and when it says so."""
+    wrapped, optimizer = made(settings)
+    said = []
+
+    def ask() -> None:
+        try:
+            optimizer.state_dict()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+
+    ask()
+    optimizer.consolidate_state_dict()
+    ask()
+    train(wrapped, optimizer, 0, 1)
+    ask()
+    optimizer.consolidate_state_dict(to=1)
+    ask()
+    state: list[Any] = [optimizer.state_dict() if dist.get_rank() == 1 else None]
+    dist.broadcast_object_list(state, src=1)
+    optimizer.load_state_dict(state[0])
+    ask()
+    optimizer.consolidate_state_dict()
+    ask()
+    optimizer.add_param_group({"params": []})
+    ask()
+    return said
+
+
+def refused_on_one_rank(settings: dict[str, Any]) -> tuple[str, bool]:
+    """Loads a state that lacks a block on the last rank alone; also whether everything is as it was."""
+    wrapped, optimizer = made(settings)
+    train(wrapped, optimizer, 0, 7)
+    optimizer.consolidate_state_dict()
+    before = optimizer.state_dict()
+    broken = {**before, "state": {number: dict(entry) for number, entry in before["state"].items()}}
+    if dist.get_rank() == dist.get_world_size() - 1:
+        del next(entry for entry in broken["state"].values() if "blocks" in entry)["blocks"]
+    message = ""
+    try:
+        optimizer.load_state_dict(broken)
+    except SettingsError as error:
+        message = str(error)
+    optimizer.consolidate_state_dict()
+    return message, same(optimizer.state_dict(), before)
+
+
+def through_torchs_checkpoint(folder: str, settings: dict[str, Any], full: bool) -> bool:
+    """Whether a job goes on bit for bit that torch.distributed.checkpoint saved and loaded."""
+    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+    wrapped, optimizer = made(settings)
+    train(wrapped, optimizer, 0, 7)
+    optimizer.consolidate_state_dict()
+    state = get_optimizer_state_dict(wrapped, optimizer, options=options)
+    other, fresh = made(settings)
+    other.module.load_state_dict(wrapped.module.state_dict())
+    fresh.consolidate_state_dict()
+    if not full:
+        dcp.save(state, checkpoint_id=folder)
+        state = get_optimizer_state_dict(other, fresh, options=options)
+        dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(other, fresh, state, options=options)
+    shown_as_owned(fresh)
+    train(wrapped, optimizer, 7, 6)
+    train(other, fresh, 7, 6)
+    return torch.equal(torch.from_numpy(flat(wrapped)), torch.from_numpy(flat(other)))
+
+
+# ---------------------------------------------------------------- parameters that come and go
+
+
+class Branches(nn.Module):
+    """A trunk, and a branch that not every pass uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.branch, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, branch: bool) -> Tensor:
+        x = torch.tanh(self.trunk(x))
+        return self.head(torch.tanh(self.branch(x)) if branch else x)
+
+
+def branch_loss(model: nn.Module, step: int, used: bool, rank: int = 0, world_size: int = 1) -> Tensor:
+    x = torch.randn(16, 12, generator=torch.Generator().manual_seed(step)).chunk(world_size)[rank]
+    loss: Tensor = (model(x, used) - x.sin()).square().mean()
+    return loss
+
+
+BRANCH_SETTINGS = {"lr": 0.01, "block_size": 8, "root_interval": 3, "weight_decay": 0.1, "matrix_epsilon": 1e-3}
+# The trunk's statistics are never due at the same steps as the branch's, whose steps are fewer.
+UNEVEN = {**BRANCH_SETTINGS, "statistics_interval": 2}
+
+
+def with_an_unused_branch(steps: int, settings: dict[str, Any], ddp: dict[str, Any] | None = None) -> Any:
+    """Steps of which two in three use the branch; in one process without `ddp`."""
+    model: nn.Module = Branches()
+    rank, world_size = (0, 1) if ddp is None else (dist.get_rank(), dist.get_world_size())
+    if ddp is not None:
+        model = DistributedDataParallel(model, **ddp)
+    optimizer = Shampoo(model.parameters(), model=model, **settings)
+    for step in range(steps):
+        optimizer.zero_grad()
+        if step % 3:
+            branch_loss(model, step, True, rank, world_size).backward()
+        else:
+            branch_loss(model, step, False, rank, world_size).backward()
+        optimizer.step()
+    counts = [int(optimizer.state[p]["step"]) for p in model.parameters()]
+    return flat(model), counts, optimizer.metrics()
