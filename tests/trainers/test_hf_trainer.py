@@ -83,11 +83,12 @@ def test_the_factory_under_deepspeed(pools: Pools, tmp_path: Path, stage: int) -
 @pytest.mark.parametrize("given", ["factory", "object"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_without_deepspeed(pools: Pools, tmp_path: Path, ranks: int, given: str) -> None:
-    """In one process, and under DDP."""
+    """In one process, and under DDP, which Trainer puts around the model when the optimizer is there already."""
     job, folder = hf_jobs.by_trainer, str(tmp_path)
     whole = pools(ranks).run(job, "transformers", folder, given=given)
     checkpoint = str(tmp_path / f"checkpoint-{SAVE_AT}")
     check(whole, pools(ranks).run(job, "transformers", folder, checkpoint, given=given))
+    assert any("which share no work then" in message for message in whole[0].warnings) == (ranks > 1)
     for one in whole:
         assert one.optimizer == {"factory": "TrainerShampoo", "object": "Shampoo"}[given]
         assert [group["weight_decay"] for group in one.groups] == {"factory": [0.02, 0.0], "object": [0.02]}[given]
