@@ -19,6 +19,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 import ds_shampoo
 
@@ -42,8 +43,8 @@ class Notes:
 
     def write(self, event: str, **facts: Any) -> None:
         line = json.dumps({"test": self.test, "event": event, **facts}) + "\n"
-        with self.path.open("a") as file:  # one write below a page: lines of several processes do not mix
-            file.write(line)
+        with self.path.open("ab", buffering=0) as file:  # a single write, so that lines of several processes do not mix
+            file.write(line.encode())
 
 
 class StandIn:
@@ -59,14 +60,15 @@ class StandIn:
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         arguments = dict(inspect.signature(self.original).bind(*positional, **named).arguments)
-        if self._inside or not self._puts(arguments):
+        config = None if self._inside else read_config(arguments)
+        if config is None or not asks_for_adam(config, arguments.get("optimizer")):
             return self.original(**arguments)
+        if self.notes.optimizer == "adam":
+            return self.original(**with_torchs_adam(arguments, config))
+        self.notes.write("asked")
         self._inside = True
         try:
-            if self.notes.optimizer == "adam":
-                return self.original(**arguments)
-            self.notes.write("asked")
-            engine, *rest = ds_shampoo.initialize(**arguments)
+            engine, *rest = ds_shampoo.initialize(**with_shampoo(arguments, config))
         except ds_shampoo.SettingsError as refusal:
             self.notes.write("refused", message=str(refusal))
             raise
@@ -75,36 +77,13 @@ class StandIn:
         self._watch(engine)
         return (engine, *rest)
 
-    def _puts(self, arguments: dict[str, Any]) -> bool:
-        """Writes Shampoo into the arguments where they ask for Adam; False where they don't."""
-        config = read_config(arguments)
-        if config is None:
-            return False
-        client = arguments.get("optimizer")
-        if type(client) in CLASSES:
-            params = {key: client.defaults[key] for key in KEPT if key in client.defaults}
-            arguments["model_parameters"] = [kept_of(group) for group in client.param_groups]
-        elif client is None and asks_for_adam(config):
-            params = dict(config["optimizer"].get("params") or {})
-        else:
-            return False
-        if self.notes.optimizer == "adam":
-            if client is None:
-                config["optimizer"]["params"] = {**params, "torch_adam": True}  # its own wants minutes to be built
-                config.setdefault("zero_force_ds_cpu_optimizer", False)
-        else:
-            arguments["optimizer"] = None
-            config["optimizer"] = {"type": "Shampoo", "params": {**SETTINGS, **kept_of(params)}}
-        put_config(arguments, config)
-        return True
-
     def _watch(self, engine: Any) -> None:
         """Notes an engine, and the first step that its Shampoo finishes."""
         optimizer = getattr(engine, "basic_optimizer", None)
         if not isinstance(optimizer, ds_shampoo.Shampoo):
             return
         self.notes.write("built", zero=int(engine.zero_optimization_stage()))
-        stepped = []
+        stepped: list[bool] = []
 
         def step_done(*_: Any) -> None:
             if not stepped:
@@ -114,30 +93,56 @@ class StandIn:
         optimizer.register_step_post_hook(step_done)
 
 
-def asks_for_adam(config: Mapping[str, Any]) -> bool:
+def asks_for_adam(config: Mapping[str, Any], client: Any) -> bool:
+    """Whether an engine is to have Adam: by an object that the test hands over, or else by its config."""
+    if client is not None:
+        return type(client) in CLASSES
     section = config.get("optimizer")
     kind = section.get("type") if isinstance(section, Mapping) else None
     return isinstance(kind, str) and kind.lower() in NAMES
 
 
-def kept_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of Adam's settings or a param group of it, those that mean the same to Shampoo."""
-    return {key: value for key, value in settings.items() if key in (*KEPT, "params", "name", "moe")}
+def with_shampoo(arguments: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that asks for Adam, as one that asks for Shampoo by its config."""
+    client = arguments.get("optimizer")
+    changed = dict(arguments, optimizer=None)
+    if client is None:
+        params = config["optimizer"].get("params") or {}
+    else:
+        params = client.defaults
+        changed["model_parameters"] = [kept_of(group) for group in client.param_groups]
+    settings = {key: value for key, value in params.items() if key in KEPT}
+    config["optimizer"] = {"type": "Shampoo", "params": {**SETTINGS, **settings}}
+    return with_config(changed, config)
+
+
+def with_torchs_adam(arguments: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that asks for Adam, so that DeepSpeed takes torch's: its own wants minutes to build."""
+    if arguments.get("optimizer") is not None:
+        return dict(arguments)
+    config["optimizer"]["params"] = {**(config["optimizer"].get("params") or {}), "torch_adam": True}
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return with_config(dict(arguments), config)
+
+
+def kept_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a param group of Adam's, what means the same to Shampoo."""
+    return {key: value for key, value in group.items() if key in (*KEPT, "params", "name", "moe")}
 
 
 def read_config(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """A copy of the config in a call's arguments; None where DeepSpeed is to find out what is wrong with it."""
-    config = arguments.get("config") or arguments.get("config_params")
+    config: Any = arguments.get("config") or arguments.get("config_params")
     config = config or getattr(arguments.get("args"), "deepspeed_config", None)
     if isinstance(config, dict):
         return copy.deepcopy(config)
     try:
-        return dict(json.loads(Path(config).read_text()))
+        return dict(json.loads(Path(config).read_text(), object_pairs_hook=dict_raise_error_on_duplicate_keys))
     except (OSError, TypeError, ValueError):
         return None
 
 
-def put_config(arguments: dict[str, Any], config: dict[str, Any]) -> None:
+def with_config(arguments: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Puts a config into a call's arguments, in whatever place it stood."""
     arguments.pop("config_params", None)
     args = arguments.get("args")
@@ -145,6 +150,7 @@ def put_config(arguments: dict[str, Any], config: dict[str, Any]) -> None:
         arguments["args"] = copy.copy(args)
         arguments["args"].deepspeed_config = None
     arguments["config"] = config
+    return arguments
 
 
 _here: StandIn | None = None
@@ -166,7 +172,7 @@ def carry(executor: type[Any], notes: Notes) -> None:
     def reduce(self: Any) -> tuple[Any, ...]:
         return arrive, (str(notes.path), notes.optimizer, notes.test, type(self)), self.__dict__
 
-    executor.__reduce__ = reduce
+    setattr(executor, "__reduce__", reduce)  # noqa: B010
 
 
 def arrive(path: str, optimizer: str, test: str, kind: type[Any]) -> Any:
@@ -175,7 +181,7 @@ def arrive(path: str, optimizer: str, test: str, kind: type[Any]) -> Any:
     A rank that fails leaves others waiting for it, and DeepSpeed's pool tells of it only once all are done.
     """
     place = take_place(path, optimizer, test)
-    found = kind.__new__(kind)
+    found: Any = object.__new__(kind)
     run = found.run
 
     def run_and_note(**fixtures: Any) -> None:

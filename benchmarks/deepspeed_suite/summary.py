@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.deepspeed_suite.outcome import BAD, Expected, Kind, Record, Suite, classify
@@ -35,31 +35,35 @@ def failed(verdicts: Sequence[Verdict]) -> bool:
 
 
 def to_text(verdicts: Sequence[Verdict], selected: int, uncollected: Mapping[str, str], versions: str) -> str:
-    """The table as text: counts by folder, then the tests that did not pass, those that count against us last."""
-    shown = [kind for kind in Kind if kind in BAD or any(verdict.kind is kind for verdict in verdicts)]
-    rows = []
-    for place in dict.fromkeys(_file(verdict.record) for verdict in verdicts):
-        counts = Counter(verdict.kind for verdict in verdicts if _file(verdict.record) == place)
-        rows.append([place, *(str(counts[kind] or "") for kind in shown)])
-    total = Counter(verdict.kind for verdict in verdicts)
-    rows.append(["all", *(str(total[kind]) for kind in shown)])
+    """The table as text: counts by file, then the tests that did not pass, those that count against us last."""
+    by_kind = {kind: [verdict for verdict in verdicts if verdict.kind is kind] for kind in Kind}
+    alone = Counter(_essence(v.record.text) for v in by_kind[Kind.UNCONCERNED] if v.record.end != "passed")
+    passed = by_kind[Kind.PASSED]
     parts = [
         f"DeepSpeed's tests with Shampoo in Adam's place, {versions}: {len(verdicts)} of {selected} run",
-        table(["tests", *(kind.value for kind in shown)], rows),
+        _counts(verdicts),
+        _listing("could not be collected", uncollected.values()),
+        _listing("failed before Shampoo was asked for", (f"{count} by {text}" for text, count in alone.most_common())),
+        _listing("passed, but no step was taken", (v.record.test for v in passed if not v.record.stepped)),
+        _listing("passed, though listed as a difference", (v.record.test for v in passed if v.expected is not None)),
+        *(_listing(kind.value, map(_line, by_kind[kind])) for kind in Kind if kind not in _NOT_LISTED),
     ]
-    for kind in shown:
-        found = [verdict for verdict in verdicts if verdict.kind is kind]
-        if kind not in _NOT_LISTED and found:
-            parts.append("\n".join([f"{kind.value}:", *(f"  {_line(verdict)}" for verdict in found)]))
-    unstepped = [v.record.test for v in verdicts if v.kind is Kind.PASSED and not v.record.stepped]
-    if unstepped:
-        parts.append("\n".join([f"passed, but no step was taken ({len(unstepped)}):", *(f"  {t}" for t in unstepped)]))
-    passing = [v for v in verdicts if v.kind is Kind.PASSED and v.expected is not None]
-    if passing:
-        parts.append("\n".join(["passed though listed as a difference:", *(f"  {v.record.test}" for v in passing)]))
-    if uncollected:
-        parts.append("\n".join(["could not be collected:", *(f"  {line}" for line in uncollected.values())]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _counts(verdicts: Sequence[Verdict]) -> str:
+    total = Counter(verdict.kind for verdict in verdicts)
+    shown = [kind for kind in Kind if kind in BAD or total[kind]]
+    rows = []
+    for file in dict.fromkeys(_file(verdict.record) for verdict in verdicts):
+        counts = Counter(verdict.kind for verdict in verdicts if _file(verdict.record) == file)
+        rows.append([file, *(str(counts[kind] or "") for kind in shown)])
+    return table(["tests", *(kind.value for kind in shown)], [*rows, ["all", *(str(total[kind]) for kind in shown)]])
+
+
+def _listing(title: str, lines: Iterable[str]) -> str:
+    shown = [f"  {line}" for line in lines]
+    return "\n".join([f"{title}:", *shown]) if shown else ""
 
 
 def to_json(

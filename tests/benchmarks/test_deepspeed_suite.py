@@ -276,7 +276,7 @@ def test_a_run_of_a_checkout_made_here(tmp_path: Path, capfd: pytest.CaptureFixt
         "trains_with_an_object",
         "fails_by_itself",
     }
-    assert "passed though listed as a difference" in capfd.readouterr().out
+    assert "passed, though listed as a difference" in capfd.readouterr().out
 
     listed.write_text(
         json.dumps(
