@@ -34,7 +34,8 @@ def pytest_pycollect_makemodule() -> Generator[None, Any, Any]:
     They mark those in a way that pytest has not known since 8.4; DeepSpeed asks for an older one.
     """
     module: Any = yield
-    with contextlib.suppress(Exception):  # a module that can't be imported is reported when it is collected
+    # A module that can't be imported, or skips itself, says so once more when it is collected.
+    with contextlib.suppress(Exception, pytest.skip.Exception):
         for name, kind in vars(module.obj).copy().items():
             if isinstance(kind, type) and getattr(kind, "is_dist_fixture", False) and not isabstract(kind):
                 setattr(module.obj, f"fixture_{name}", pytest.fixture(name=name)(_maker(kind)))

@@ -30,6 +30,9 @@ import deepspeed
 class DistributedExec:
     def __call__(self, request):
         self._current_test = getattr(self, request.function.__name__)
+        self.start(request)
+
+    def start(self, request):
         mp.set_start_method("forkserver", force=True)
         with mp.Pool(1) as pool:
             pool.starmap(self._dist_run, [(str(request.getfixturevalue("tmpdir") / "store"),)])
@@ -45,6 +48,14 @@ class DistributedExec:
 
 class DistributedTest(DistributedExec):
     is_dist_test = True
+
+
+class DistributedFixture(DistributedExec):
+    is_dist_fixture = True
+
+    def __call__(self, request):
+        self._current_test = self.run_beforehand
+        self.start(request)
 '''
 
 CONFTEST = """
@@ -60,13 +71,19 @@ def pytest_runtest_call(item):
     if getattr(item.cls, "is_dist_test", False):
         item.cls()(item._request)
         item.runtest = lambda: True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request):
+    if getattr(fixturedef.func, "is_dist_fixture", False):
+        fixturedef.func()(request)
 """
 
 TESTS = """
 import os
 import deepspeed
 import torch
-from unit.common import DistributedTest
+from unit.common import DistributedFixture, DistributedTest
 
 
 def engine_with(optimizer=None, **config):
@@ -87,6 +104,15 @@ def train(engine):
     for _ in range(3):
         engine.backward(engine(torch.ones(1, 12)).sum())
         engine.step()
+
+
+class trained_beforehand(DistributedFixture):
+    def run_beforehand(self):
+        train(engine_with())
+
+
+def test_after_training(trained_beforehand):
+    assert trained_beforehand is not None
 
 
 class TestFake(DistributedTest):
@@ -268,6 +294,7 @@ def test_a_run_of_a_checkout_made_here(tmp_path: Path, capfd: pytest.CaptureFixt
         "asks_for_adam": "FAILED",
         "fails_by_itself": "fails with Adam too",
         "builds_nothing": "not concerned",
+        "after_training": "passed",
         "dies": "not concerned",
         "skips": "skipped by DeepSpeed",
     }
@@ -275,6 +302,7 @@ def test_a_run_of_a_checkout_made_here(tmp_path: Path, capfd: pytest.CaptureFixt
         "trains",
         "trains_with_an_object",
         "fails_by_itself",
+        "after_training",
     }
     assert "passed, though listed as a difference" in capfd.readouterr().out
 
@@ -284,7 +312,7 @@ def test_a_run_of_a_checkout_made_here(tmp_path: Path, capfd: pytest.CaptureFixt
         )
     )
     assert script.main(arguments) == 0
-    assert "8 tests selected, 0 to run" in capfd.readouterr().out
+    assert "9 tests selected, 0 to run" in capfd.readouterr().out
 
 
 def fake_checkout(folder: Path, version: str) -> None:
@@ -300,3 +328,5 @@ def fake_checkout(folder: Path, version: str) -> None:
     (unit / "__init__.py").write_text("")
     (unit / "common.py").write_text(COMMON)
     (unit / "test_fake.py").write_text(TESTS)
+    skipped = 'import pytest\npytest.skip("the whole module", allow_module_level=True)\n'
+    (unit / "test_skipped_as_a_whole.py").write_text(skipped)
