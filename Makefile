@@ -32,7 +32,7 @@ FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsoc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test coverage lint wheel-test corpora evidence clean unlock
+.PHONY: help setup pretrain test trainers-test coverage lint wheel-test corpora evidence clean unlock
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ test: $(DONE)/ops unlock  ## the tests; leaves coverage data for `make coverage`
 	rm -f .coverage .coverage.*
 	$(ACTIVATE) coverage run -m pytest
 	$(ACTIVATE) coverage combine --quiet
+
+trainers-test: $(DONE)/trainers unlock  ## the examples and the tests of trainers, with Hugging Face's and Lightning's libraries
+	$(ACTIVATE) HF_HUB_OFFLINE=1 python -m pytest tests/trainers
 
 coverage: $(DONE)/package  ## what the last `make test` covered, at least 90 per cent of the package
 	$(ACTIVATE) coverage report --fail-under 90
@@ -80,6 +83,10 @@ $(DONE)/package: $(DONE)/torch pyproject.toml setup.py
 
 $(DONE)/ops: $(DONE)/package | unlock
 	$(SETUP) ops
+	@touch $@
+
+$(DONE)/trainers: $(DONE)/ops
+	$(SETUP) trainers
 	@touch $@
 
 # A process that was killed while it loaded an op leaves a lock on which every later one waits for ever.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up what `make pretrain` and `make test` need, one step a call: venv, torch, package, ops.
+# Sets up what `make pretrain` and `make test` need, one step a call: venv, torch, package, ops;
+# and what `make trainers-test` needs besides: trainers.
 #
 # Reads VENV (the environment's folder) and PYTHON (what makes it). Every step may be called again.
 set -euo pipefail
@@ -71,6 +72,15 @@ install_package() {
     "$venv/bin/python" -m pip install --quiet --editable ".[dev]"
 }
 
+# The torch that is there stays, whatever one of the libraries would like.
+install_trainers() {
+    local kept
+    kept=$(mktemp)
+    "$venv/bin/python" -c 'import torch; print(f"torch=={torch.__version__}")' >"$kept"
+    "$venv/bin/python" -m pip install --quiet --constraint "$kept" --editable ".[trainers]"
+    rm "$kept"
+}
+
 # On CPU DeepSpeed compiles its collective of processes on one machine at its first use, which takes a minute.
 build_ops() {
     [ "${DS_ACCELERATOR:-}" = cpu ] || return 0
@@ -87,5 +97,6 @@ venv) make_venv ;;
 torch) install_torch ;;
 package) install_package ;;
 ops) build_ops ;;
-*) fail "usage: $0 venv|torch|package|ops" ;;
+trainers) install_trainers ;;
+*) fail "usage: $0 venv|torch|package|ops|trainers" ;;
 esac

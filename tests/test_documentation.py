@@ -15,7 +15,7 @@ from ds_shampoo import Shampoo, ShampooConfig
 from ds_shampoo.config import GroupSettings
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FIELDS = ShampooConfig.model_fields
 
 
@@ -93,3 +93,13 @@ def test_links_lead_somewhere(document: Path) -> None:
         if heading:
             titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_the_trainers_page_shows_the_examples() -> None:
+    """Its Python that names a file is that file's own text, and its JSON that of examples/zero2.json."""
+    page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    assert re.findall(r"```json\n(.*?)```", page, re.DOTALL) == [(ROOT / "examples" / "zero2.json").read_text()]
+    shown = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", page, re.DOTALL)
+    assert len(shown) >= 3
+    for path, text in shown:
+        assert text in (ROOT / path).read_text(encoding="utf-8"), path

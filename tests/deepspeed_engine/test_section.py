@@ -55,9 +55,17 @@ def test_a_key_beside_params(key: str) -> None:
         ds_shampoo.initialize(model=build_model(), config=config)
 
 
+@pytest.mark.parametrize("key", ["lr", "betas", "block_size", "root_delay"])
+def test_an_auto_that_nobody_filled_in(key: str) -> None:
+    config = {"optimizer": {"type": "Shampoo", "params": {key: "auto"}}}
+    with pytest.raises(SettingsError, match=rf"^Shampoo setting '{key}' = \"auto\": nobody has filled it in"):
+        ds_shampoo.initialize(model=build_model(), config=config)
+
+
 def test_what_may_stand_there() -> None:
     check_config({"optimizer": {"type": "Shampoo", "params": {"lr": 0.1}, "legacy_fusion": False}})
     check_config({"optimizer": {"type": "Shampoo", "params": None}})
+    check_config({"optimizer": {"type": "Shampoo", "params": {"root_cores": "auto"}}})
     check_config({"optimizer": {"type": "Shampoo"}})
     assert not names_shampoo({})
     assert not names_shampoo({"optimizer": None})

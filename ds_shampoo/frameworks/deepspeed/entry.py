@@ -27,6 +27,7 @@ from ds_shampoo.frameworks.deepspeed.section import (
     config_of,
     names_shampoo,
     say_what_does_not_hold,
+    say_whose_betas,
 )
 from ds_shampoo.optimizer import Shampoo
 from ds_shampoo.parameters.unbound import to_be_bound
@@ -65,6 +66,7 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     binding.log_to_stdout()
     check_config(config_of(engine))
     say_what_does_not_hold(config_of(engine))
+    say_whose_betas(settings)
     binding.prepare(engine)
     with to_be_bound():
         optimizer = Shampoo(adopt(engine, params), **settings)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ds_shampoo.config import SettingsError
+from ds_shampoo.config import SettingsError, ShampooConfig
 from ds_shampoo.frameworks.deepspeed import internals
 
 logger = logging.getLogger("ds_shampoo")
@@ -25,6 +26,12 @@ _NEEDED = {
     "zero_allow_untested_optimizer": (True, "DeepSpeed refuses optimizers that are not its own otherwise"),
     "zero_force_ds_cpu_optimizer": (False, "with it DeepSpeed refuses under offload what is not its CPU Adam"),
 }
+
+# Where "auto" is no value of the setting itself.
+_NEVER_AUTO = frozenset(ShampooConfig.model_fields) - {"root_cores"}
+
+# The defaults of adam_beta1 and adam_beta2 in Hugging Face's TrainingArguments.
+_ADAMS_BETAS = (0.9, 0.999)
 
 
 def names_shampoo(config: Mapping[str, Any]) -> bool:
@@ -51,7 +58,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Checks the optimizer section of a config that names Shampoo.
 
     Raises:
-        SettingsError: for a key in the section that nobody reads, and for params that are no object.
+        SettingsError: for a key in the section that nobody reads, for params that are no object, and for an "auto"
+            in them that no trainer has filled in.
     """
     section: Any = config.get("optimizer") or {}
     for key in section:
@@ -63,6 +71,13 @@ def check_config(config: Mapping[str, Any]) -> None:
     params = section.get("params")
     if params is not None and not isinstance(params, Mapping):
         raise SettingsError(f'optimizer.params = {params!r}: must be an object, as {{"lr": 0.001}}')
+    for key, value in (params or {}).items():
+        if value == "auto" and key in _NEVER_AUTO:
+            raise SettingsError(
+                f"Shampoo setting '{key}' = \"auto\": nobody has filled it in. Hugging Face's Trainer does so for "
+                "lr, betas, eps and weight_decay, Accelerate for lr and weight_decay; give a value, or leave it out "
+                f"for {ShampooConfig.model_fields[key].default!r}"
+            )
 
 
 def complete(config: dict[str, Any]) -> None:
@@ -84,6 +99,26 @@ def say_what_does_not_hold(config: Mapping[str, Any], key: str = "zero_force_ds_
     needed, reason = _NEEDED[key]
     if config.get(key, needed) != needed and int(os.environ.get("RANK", "0")) == 0:
         logger.warning("%s = %s in the config does not hold with Shampoo: %s", key, config[key], reason)
+
+
+def say_whose_betas(settings: Mapping[str, Any]) -> None:
+    """Logs a warning, on the first rank, where Hugging Face's Trainer has put Adam's betas over Shampoo's.
+
+    It does so for `"betas": "auto"`. What the JSON said before, nobody knows any more; so the message is true of betas
+    that were written down as well.
+    """
+    in_use = getattr(sys.modules.get("transformers.integrations.deepspeed"), "deepspeed_config", None)
+    if in_use is None or in_use() is None or int(os.environ.get("RANK", "0")):
+        return
+    betas, own = settings.get("betas"), ShampooConfig.model_fields["betas"].default
+    if isinstance(betas, list | tuple) and tuple(betas) == _ADAMS_BETAS:
+        logger.warning(
+            "betas = %s are Adam's, the default of TrainingArguments, which \"auto\" takes; Shampoo's own are %s: "
+            "leave betas out of the JSON, or set adam_beta1 = %s and adam_beta2 = %s",
+            list(betas),
+            list(own),
+            *own,
+        )
 
 
 def config_of(engine: Any) -> Mapping[str, Any]:
