@@ -174,7 +174,7 @@ class ShampooConfig(GroupSettings):
     # By patterns of parameters' names.
     roles: dict[str, Literal["weight", "embedding", "head", "lora", "none"]] | None = None
     batch_dims: dict[str, Annotated[int, Field(ge=0)]] | None = None
-    fused: dict[str, Annotated[int | list[int], BeforeValidator(parse_parts)]] | None = None
+    fused_parts: dict[str, Annotated[int | list[int], BeforeValidator(parse_parts)]] | None = None
     exchange_dtype: Dtype = "float32"
     root_overlap: bool = True
     root_delay: Annotated[int, Field(ge=0)] | None = None

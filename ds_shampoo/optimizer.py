@@ -77,8 +77,9 @@ class Shampoo(StatefulOptimizer):
             matches holds; None for no pattern.
         batch_dims: by such patterns, how many leading dimensions number independent matrices, as a layer's experts; 0
             for one tensor. None for what names and modules tell.
-        fused: by such patterns, the matrices that one holds side by side, as queries, keys and values: how many of one
-            size, or the length of each along rows or columns; 1 for one matrix. None for what names and modules tell.
+        fused_parts: by such patterns, the matrices that one holds side by side, as queries, keys and values: how many
+            of one size, or the length of each along rows or columns; 1 for one matrix. None for what names and modules
+            tell.
         exchange_dtype: "float32" or "bfloat16", of what travels between ranks.
         root_overlap: compute roots on background host threads; False computes them within the step.
         root_delay: steps from a root's statistics to the step at which it is put in force, at most root_interval;
@@ -128,7 +129,7 @@ class Shampoo(StatefulOptimizer):
         max_root_failures: int = 5,
         roles: dict[str, Literal["weight", "embedding", "head", "lora", "none"]] | None = None,
         batch_dims: dict[str, int] | None = None,
-        fused: dict[str, int | list[int]] | None = None,
+        fused_parts: dict[str, int | list[int]] | None = None,
         exchange_dtype: Dtype = "float32",
         root_overlap: bool = True,
         root_delay: int | None = None,

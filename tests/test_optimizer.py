@@ -346,10 +346,16 @@ def test_the_signature_has_the_models_defaults() -> None:
         assert signature[key].default == field.default, key
 
 
-def test_closures() -> None:
-    optimizer = Shampoo([parameter(3, 3)], **SETTINGS)
-    with pytest.raises(ValueError, match="takes no closure"):
-        optimizer.step(lambda: 0.0)
+def test_a_group_is_added_after_loading() -> None:
+    params = [parameter(4, 4)]
+    optimizer = Shampoo(params, **SETTINGS)
+    run(optimizer, params, range(2))
+    optimizer.load_state_dict(optimizer.state_dict())
+    later = [parameter(4, 4)]
+    optimizer.add_param_group({"params": later})
+    before = copies(later)
+    run(optimizer, [*params, *later], range(2, 3))
+    assert not equal(later, before)
 
 
 @pytest.mark.parametrize(

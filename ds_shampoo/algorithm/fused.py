@@ -64,29 +64,58 @@ def parts(model: nn.Module, reader: Reader = PLAIN) -> dict[int, Parts]:
 
     The rows of a LoRA factor beside a fused layer (`lora_B`) divide as that layer's outputs do.
     """
-    around = {_layer_path(f"{path}.weight"): module for path, module in model.named_modules()}
-    dims = {
-        _layer_path(name): _matrix(reader.shape_of(p))
-        for name, p in model.named_parameters()
-        if lora_factor(name) is None
-    }
+    layers = _Layers.of(model, reader)
     found: dict[int, Parts] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
-            matrix, factor = _matrix(reader.shape_of(parameter)), lora_factor(name)
-            if len(matrix) != 2 or factor not in (None, "lora_B"):
-                continue
-            holder, _, layer = _layer_path(name).rpartition(".")
-            following = dims.get(f"{holder}.{_GATED[layer]}".lstrip("."), ()) if layer in _GATED else ()
-            by_columns = type(getattr(module, "nf", None)) is int and factor is None
-            rows, columns = matrix
-            if factor is not None and following:  # the layer beside has these outputs, and other inputs
-                columns = next((n for n in dims.get(_layer_path(name), ()) if n != rows), columns)
-            stacked = _is_stacked(reader.shape_of(parameter))
-            own = _divided(_Layer(layer, (rows, columns), around.get(holder), following, by_columns, stacked))
+            own = layers.parts(name, module, reader.shape_of(parameter))
             if own is not None:
-                found[id(parameter)] = own if factor is None else Parts(0, own.lengths)
+                found[id(parameter)] = own
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """All of a model, by paths that know nothing of wrappers and adapters.
+
+    Attributes:
+        modules: its modules.
+        dims: of its layers' matrices, those of adapters apart.
+    """
+
+    modules: Mapping[str, nn.Module]
+    dims: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module, reader: Reader) -> _Layers:
+        named = [(name, p) for name, p in model.named_parameters() if lora_factor(name) is None]
+        return cls(
+            {_layer_path(f"{path}.weight"): module for path, module in model.named_modules()},
+            {_layer_path(name): _matrix(reader.shape_of(p)) for name, p in named},
+        )
+
+    def parts(self, name: str, module: nn.Module, shape: Sequence[int]) -> Parts | None:
+        """Those of the parameter of this name, which `module` has."""
+        matrix, factor = _matrix(shape), lora_factor(name)
+        if len(matrix) != 2 or factor not in (None, "lora_B"):
+            return None
+        rows, columns = matrix
+        path = _layer_path(name)
+        holder, _, layer = path.rpartition(".")
+        following = self.dims.get(f"{holder}.{_GATED[layer]}".lstrip("."), ()) if layer in _GATED else ()
+        if factor is not None and following:  # it has its layer's outputs, and other inputs
+            columns = next((dim for dim in self.dims.get(path, ()) if dim != rows), columns)
+        own = _divided(
+            _Layer(
+                layer,
+                (rows, columns),
+                around=self.modules.get(holder),
+                following=following,
+                by_columns=factor is None and type(getattr(module, "nf", None)) is int,
+                stacked=_is_stacked(shape),
+            )
+        )
+        return own if own is None or factor is None else Parts(0, own.lengths)
 
 
 def parts_by_name(name: str, shape: Sequence[int]) -> Parts | None:

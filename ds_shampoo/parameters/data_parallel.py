@@ -111,6 +111,7 @@ class DataParallelLayout(WholeLayout):
         Raises:
             RuntimeError: within the wrapper's `join()`.
         """
+        # torch's Joinable has no public way to ask.
         joins = (getattr(ddp, "_join_config", None) for ddp in self._wrapped)
         if dist.get_world_size(self._group) > 1 and any(getattr(join, "enable", False) for join in joins):
             raise RuntimeError(

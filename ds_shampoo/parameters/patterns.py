@@ -1,4 +1,4 @@
-"""What the user says of parameters by name: the settings `roles`, `batch_dims` and `fused`, by patterns of names."""
+"""What the user says of parameters by name: `roles`, `batch_dims` and `fused_parts`, whose keys are name patterns."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def parts(config: ShampooConfig, parameter: Named, batch: int, found: Parts | No
     Raises:
         SettingsError: where the setting does not fit the parameter.
     """
-    dims, asked = matrix_dims(parameter.shape, batch), _first_match(config.fused, parameter.names)
+    dims, asked = matrix_dims(parameter.shape, batch), _first_match(config.fused_parts, parameter.names)
     if asked is None:
         return found if found is not None and found.fit(dims) and len(found.lengths) > 1 else None
-    says = f"Shampoo setting 'fused' says {asked} of '{parameter.names[-1]}' of shape {parameter.shape}"
+    says = f"Shampoo setting 'fused_parts' says {asked} of '{parameter.names[-1]}' of shape {parameter.shape}"
     if len(dims) != 2:
         raise SettingsError(f"{says}: it is no matrix; let the pattern match matrices only")
     outputs = 0 if found is None else found.dim
@@ -78,8 +78,8 @@ def parts(config: ShampooConfig, parameter: Named, batch: int, found: Parts | No
 
 
 def asks_for_parts(config: ShampooConfig, names: Sequence[str]) -> bool:
-    """Whether the setting `fused` has a pattern that one of these names matches."""
-    return _first_match(config.fused, names) is not None
+    """Whether the setting `fused_parts` has a pattern that one of these names matches."""
+    return _first_match(config.fused_parts, names) is not None
 
 
 def named(model: nn.Module | None, groups: Iterable[Iterable[LogicalParameter]], layout: Layout) -> Iterator[Named]:
@@ -107,10 +107,14 @@ def check(
     Raises:
         SettingsError: for a pattern that matches no parameter, and for batch dimensions that leave no matrix.
     """
-    if not config.roles and not config.batch_dims and not config.fused:
+    if not config.roles and not config.batch_dims and not config.fused_parts:
         return
     everyones = over_ranks(list(parameters))
-    for key, patterns in (("roles", config.roles), ("batch_dims", config.batch_dims), ("fused", config.fused)):
+    for key, patterns in (
+        ("roles", config.roles),
+        ("batch_dims", config.batch_dims),
+        ("fused_parts", config.fused_parts),
+    ):
         for pattern in patterns or ():
             if not any(_matches(pattern, parameter.names) for parameter in everyones):
                 known = [parameter.names[-1] for parameter in everyones]

@@ -106,8 +106,8 @@ class Parameters:
             if sliced:
                 if patterns.asks_for_parts(self._config, known_as.names):
                     raise SettingsError(
-                        f"Shampoo setting 'fused' has a pattern for '{known_as.names[-1]}', which is cut as Megatron "
-                        "slices and fuses it: leave it out"
+                        f"Shampoo setting 'fused_parts' has a pattern for '{known_as.names[-1]}', which is cut as "
+                        "Megatron slices and fuses it: leave it out"
                     )
                 return None
             by_name = None if self._aliases else fused.parts_by_name(known_as.names[-1], known_as.shape)
@@ -142,7 +142,7 @@ class Parameters:
         named = patterns.named(self.model, groups, self.layout)
         patterns.check(self._config, named, self.layout.over_ranks)
         misfits, self._misfits = self._misfits or [], None
-        if self._config.fused:
+        if self._config.fused_parts:
             for misfit in self.layout.over_ranks(misfits):
                 raise SettingsError(misfit)
         self._patterns_hold = True

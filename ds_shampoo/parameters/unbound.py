@@ -22,6 +22,9 @@ class Unbound(Generic[_Optimizer]):
     def __iter__(self) -> Iterator[_Optimizer]:
         return iter(list(self._alive))
 
+    def __contains__(self, optimizer: object) -> bool:
+        return optimizer in self._alive
+
     def add(self, optimizer: _Optimizer) -> None:
         self._alive.add(optimizer)
 

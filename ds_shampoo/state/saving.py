@@ -86,7 +86,8 @@ def check(subgroups: Sequence[BoundSubgroup], reader: BlockReader) -> None:
                 fitting[str(block)] = block
             elif same_cut:
                 raise CheckpointError(
-                    f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another model"
+                    f"{reader.folder}: has no block {block} of shape {block.shape}: it was saved of another model, or "
+                    "with other patterns under 'fused_parts', 'batch_dims' or 'roles'"
                 )
     reader.fetch(fitting)
     for name, block in fitting.items():

@@ -84,7 +84,9 @@ def test_what_stands_for_a_layer_has_its_role(wrapper: str, compiled: bool) -> N
     role = roles(model)
     expected = {"words": Role.EMBEDDING, "layer": Role.WEIGHT, "lm_head": Role.HEAD}
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and ".lora_" in name and name.startswith("layer."):
+            assert role[id(parameter)] is Role.LORA, name
+        elif parameter.dim() > 1:
             assert role[id(parameter)] is expected[name.split(".")[0]], name
 
 

@@ -43,6 +43,11 @@ def warm_up(step: int) -> float:
     return min(1.0, (step + 1) / 4)
 
 
+def generated(model: nn.Module) -> list[dict[str, Any]]:
+    """A param group that can be looked through once only."""
+    return [{"params": model.parameters()}]
+
+
 class Kept:
     """The param groups of an object, to be found unchanged: the list, its dicts, and their order.
 
@@ -177,8 +182,8 @@ def warned(config: dict[str, Any], kind: str) -> tuple[list[str], str]:
         config["optimizer"] = {"type": "Shampoo" if kind == "named" else "SGD", "params": {"lr": 0.1}}
     sent: dict[str, Any] = {}
     if kind == "partly":  # one of the layers is the user's own
-        shampoo = Shampoo(model.blocks[0].parameters())
-        rest = [p for name, p in model.named_parameters() if not name.startswith("blocks.0.")]
+        shampoo = Shampoo(model.layers[0].parameters())
+        rest = [p for name, p in model.named_parameters() if not name.startswith("layers.0.")]
         sent["optimizer"] = torch.optim.SGD(rest, lr=0.1)
         del config["optimizer"]
     elif kind == "beside":
@@ -238,28 +243,6 @@ def refused(config: dict[str, Any], kind: str) -> str:
         for engine in engines:
             engine.destroy()
     return ""
-
-
-def again(config: dict[str, Any]) -> tuple[str, list[float], list[float]]:
-    """An object whose first engine fails for a key that is missing, and the same object in a second one.
-
-    Returns:
-        What the first failed with, and the losses with the object and with the config.
-    """
-    import deepspeed
-
-    model, without = build_model(), {key: value for key, value in config.items() if key != "optimizer"}
-    shampoo = Shampoo([{"params": []}, {"params": model.parameters()}], **config["optimizer"]["params"])
-    try:
-        deepspeed.initialize(model=model, optimizer=shampoo, config=dict(without))
-        error = ""
-    except AssertionError as assertion:
-        error = str(assertion)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=shampoo, config={**without, **NEEDED})
-    losses = train(engine, 0, 3)
-    engine.destroy()
-    with engine_by("config", config) as engine:
-        return error, losses, train(engine, 0, 3)
 
 
 def keys_named(stage: int) -> list[str]:

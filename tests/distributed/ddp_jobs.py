@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -50,10 +52,15 @@ def train(
     return losses
 
 
-def made(settings: dict[str, Any], groups: Callable[[nn.Module], Any] | None = None, **ddp: Any) -> tuple[Any, Shampoo]:
+def made(
+    settings: dict[str, Any],
+    groups: Callable[[nn.Module], Any] | None = None,
+    precision: torch.dtype = torch.float32,
+    **ddp: Any,
+) -> tuple[Any, Shampoo]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = DistributedDataParallel(build_model(), **ddp)
+        wrapped = DistributedDataParallel(build_model().to(precision), **ddp)
     return wrapped, Shampoo(groups(wrapped.module) if groups else wrapped.parameters(), model=wrapped, **settings)
 
 
@@ -168,9 +175,9 @@ def refused_on_one_rank(settings: dict[str, Any]) -> tuple[str, bool]:
     return message, same(optimizer.state_dict(), before)
 
 
-def through_torchs_checkpoint(folder: str, settings: dict[str, Any], full: bool) -> bool:
+def through_torchs_checkpoint(folder: str, settings: dict[str, Any], way: str) -> bool:
     """Whether a job goes on bit for bit that torch.distributed.checkpoint saved and loaded."""
-    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+    options = StateDictOptions(full_state_dict=way != "sharded", broadcast_from_rank0=way == "from rank 0")
     wrapped, optimizer = made(settings)
     train(wrapped, optimizer, 0, 7)
     optimizer.consolidate_state_dict()
@@ -178,7 +185,9 @@ def through_torchs_checkpoint(folder: str, settings: dict[str, Any], full: bool)
     other, fresh = made(settings)
     other.module.load_state_dict(wrapped.module.state_dict())
     fresh.consolidate_state_dict()
-    if not full:
+    if way == "from rank 0" and dist.get_rank():
+        state = {}
+    if way == "sharded":
         dcp.save(state, checkpoint_id=folder)
         state = get_optimizer_state_dict(other, fresh, options=options)
         dcp.load(state, checkpoint_id=folder)
@@ -187,6 +196,19 @@ def through_torchs_checkpoint(folder: str, settings: dict[str, Any], full: bool)
     train(wrapped, optimizer, 7, 6)
     train(other, fresh, 7, 6)
     return torch.equal(torch.from_numpy(flat(wrapped)), torch.from_numpy(flat(other)))
+
+
+def loaded_on_one_rank(settings: dict[str, Any]) -> str:
+    wrapped, optimizer = made(settings)
+    optimizer.consolidate_state_dict()
+    fresh = copy.deepcopy(optimizer.state_dict())
+    train(wrapped, optimizer, 0, 3)
+    optimizer.consolidate_state_dict()
+    try:
+        optimizer.load_state_dict(fresh if dist.get_rank() else optimizer.state_dict())
+    except SettingsError as error:
+        return str(error)
+    return ""
 
 
 # ---------------------------------------------------------------- parameters that come and go
@@ -232,3 +254,126 @@ def with_an_unused_branch(steps: int, settings: dict[str, Any], ddp: dict[str, A
         optimizer.step()
     counts = [int(optimizer.state[p]["step"]) for p in model.parameters()]
     return flat(model), counts, optimizer.metrics()
+
+
+def frozen_for_a_time(steps: int, settings: dict[str, Any], shared: bool, rewrapped: bool = True) -> Any:
+    """The branch is frozen at first, and trained later by a wrapper that is made anew."""
+    inner = Branches()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+    inner.branch.requires_grad_(False)
+    model: nn.Module = DistributedDataParallel(inner) if shared else inner
+    optimizer = Shampoo(model.parameters(), model=model, **settings)
+    for step in range(steps):
+        if step == steps // 2:
+            inner.branch.requires_grad_(True)
+            model = DistributedDataParallel(inner) if shared and rewrapped else model
+        if step == steps - 2:
+            inner.trunk.requires_grad_(False)
+            inner.trunk.zero_grad()
+            model = DistributedDataParallel(inner) if shared else model
+        optimizer.zero_grad()
+        branch_loss(model, step, True, rank, world_size).backward()
+        optimizer.step()
+    return flat(inner), [int(optimizer.state[p]["step"]) for p in inner.parameters()]
+
+
+# ---------------------------------------------------------------- wrappers in their places
+
+
+class Around(nn.Module):
+    """A trainer's module around the wrapper."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.net = inner
+
+    def forward(self, *given: Any) -> Any:
+        return self.net(*given)
+
+
+def nested(steps: int, settings: dict[str, Any]) -> tuple[np.ndarray, list[str], list[str]]:
+    """The parameters, this rank's blocks, and what is found by names of either kind."""
+    inner = DistributedDataParallel(Branches())
+    outer = Around(inner)
+    optimizer = Shampoo(outer.named_parameters(), model=outer, roles={"net.trunk.weight": "none"}, **settings)
+    for step in range(steps):
+        optimizer.zero_grad()
+        branch_loss(outer, step, True, dist.get_rank(), dist.get_world_size()).backward()
+        optimizer.step()
+    names = [p.name for group in optimizer._subgroups.logical for p in group]
+    return flat(outer), [str(o.block) for each in optimizer.subgroups() for o in each.sharded.owned_blocks], names
+
+
+def in_pairs(steps: int, settings: dict[str, Any]) -> list[np.ndarray]:
+    """Two jobs beside each other, each on half of the ranks, and a second model and optimizer on every one of them."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    halves = [dist.new_group(list(range(first, first + world_size // 2))) for first in (0, world_size // 2)]
+    group = halves[rank // (world_size // 2)]
+    pairs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = DistributedDataParallel(build_model(), process_group=group)
+        pairs.append((model, Shampoo(model.parameters(), model=model, **settings)))
+    for step in range(steps):
+        for model, optimizer in pairs:
+            train(model, optimizer, step, 1)
+    assert all(optimizer.metrics()["exchange_bytes"] > 0 for _, optimizer in pairs)
+    return [flat(model) for model, _ in pairs]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def refused(kind: str) -> str:
+    last = dist.get_rank() == dist.get_world_size() - 1
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(6, 6))
+    settings: dict[str, Any] = {"lr": 0.02 if last and kind == "settings" else 0.01}
+    if kind == "values" and last:
+        model.module.weight.data[0, 0] += 1
+    if kind == "job-wide" and last:
+        settings["exchange_dtype"] = "bfloat16"
+    if kind == "threads" and last:
+        settings["root_timeout"] = 60.0
+    params: Any = [{"params": model.parameters()}]
+    if kind == "groups" and last:
+        params = [{"params": [model.module.weight]}, {"params": [model.module.bias]}]
+    if kind == "parameters" and last:
+        params = [model.module.weight]
+    if kind == "outside" and last:
+        params[0]["params"] = [*model.parameters(), nn.Parameter(torch.ones(2, 2))]
+    try:
+        optimizer = Shampoo(params, model=model, **settings)
+        if kind == "later":
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+            optimizer.prepare()
+        if kind == "join":
+            with model.join():
+                model(torch.ones(2, 6)).sum().backward()
+                optimizer.step()
+    except (SettingsError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def unfrozen_without_a_new_wrapper(settings: dict[str, Any]) -> str:
+    try:
+        frozen_for_a_time(4, settings, shared=True, rewrapped=False)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def closures(steps: int, settings: dict[str, Any]) -> tuple[np.ndarray, list[float]]:
+    wrapped, optimizer = made(settings)
+    losses = []
+    for step in range(steps):
+
+        def closure(step: int = step) -> float:
+            optimizer.zero_grad()
+            loss = mean_loss(wrapped, step, dist.get_rank(), dist.get_world_size())
+            loss.backward()
+            return loss.item()
+
+        losses.append(optimizer.step(closure))
+    return flat(wrapped), losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ds_shampoo import Shampoo
 from tests.distributed import ddp_jobs, jobs
 from tests.distributed.jobs import SHAMPOO, Trace, alone
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_parity import FP32, STEPS, check
+from tests.distributed.test_parity import BF16, FP32, STEPS, check
 
 Pools = Callable[[int], WorkerPool]
 
@@ -37,6 +38,12 @@ def test_parity(pools: Pools, reference: Trace, world_size: int) -> None:
     assert all(not block.startswith("module.") for block in everyones)
 
 
+def test_bf16(pools: Pools) -> None:
+    """Without master weights: one rank's run is the reference."""
+    expected = pools(1).run(ddp_jobs.job, STEPS, SHAMPOO, precision=torch.bfloat16)[0]
+    check(pools(2).run(ddp_jobs.job, STEPS, SHAMPOO, precision=torch.bfloat16), expected, BF16)
+
+
 @pytest.mark.parametrize(
     ("ddp", "accumulation"),
     [
@@ -48,9 +55,8 @@ def test_parity(pools: Pools, reference: Trace, world_size: int) -> None:
 )
 def test_ways_of_reduction_accumulation_and_groups(pools: Pools, ddp: dict[str, Any], accumulation: int) -> None:
     expected = alone(STEPS, SHAMPOO, groups=jobs.decay_groups)
-    check(
-        pools(2).run(ddp_jobs.job, STEPS, SHAMPOO, jobs.decay_groups, accumulation=accumulation, **ddp), expected, FP32
-    )
+    traces = pools(2).run(ddp_jobs.job, STEPS, SHAMPOO, jobs.decay_groups, accumulation=accumulation, **ddp)
+    check(traces, expected, FP32)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +83,62 @@ def test_parameters_without_gradient_stand_still(pools: Pools, settings: dict[st
             assert own_counts == counts
             assert np.linalg.norm(found - expected) <= FP32 * np.linalg.norm(expected)
             assert metrics["root_updates"] > 0
+
+
+def test_a_layer_is_frozen_for_a_time(pools: Pools) -> None:
+    expected, counts = ddp_jobs.frozen_for_a_time(12, ddp_jobs.BRANCH_SETTINGS, shared=False)
+    for found, own_counts in pools(2).run(ddp_jobs.frozen_for_a_time, 12, ddp_jobs.BRANCH_SETTINGS, shared=True):
+        assert own_counts == counts
+        assert np.linalg.norm(found - expected) <= FP32 * np.linalg.norm(expected)
+
+
+def test_an_unfrozen_layer_that_ddp_does_not_average_is_refused(pools: Pools) -> None:
+    for message in pools(2).run(ddp_jobs.unfrozen_without_a_new_wrapper, ddp_jobs.BRANCH_SETTINGS):
+        assert message.startswith("parameter 'branch.weight' has other gradients on some ranks")
+
+
+def test_a_wrapper_within_a_module(pools: Pools) -> None:
+    (first, owned, names), (second, others, _) = pools(2).run(ddp_jobs.nested, 6, ddp_jobs.BRANCH_SETTINGS)
+    assert np.array_equal(first, second)
+    assert names == [f"net.{layer}.{kind}" for layer in ("trunk", "branch", "head") for kind in ("weight", "bias")]
+    assert owned
+    assert others
+    assert {block.split("[")[0] for block in owned + others} == {"net.branch.weight", "net.head.weight"}
+
+
+def test_process_groups_and_two_optimizers(pools: Pools) -> None:
+    reference = alone(8, SHAMPOO)
+    for found in pools(4).run(ddp_jobs.in_pairs, 8, SHAMPOO):
+        for end in found:
+            assert np.linalg.norm(end - reference.end) <= FP32 * np.linalg.norm(reference.end - reference.start)
+
+
+def test_closures(pools: Pools) -> None:
+    reference = alone(6, SHAMPOO)
+    (first, losses), (second, others) = pools(2).run(ddp_jobs.closures, 6, SHAMPOO)
+    assert np.array_equal(first, second)
+    assert np.linalg.norm(first - reference.end) <= FP32 * np.linalg.norm(reference.end - reference.start)
+    assert np.mean([losses, others], axis=0) == pytest.approx(reference.losses, rel=FP32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("values", "RuntimeError: parameter 'weight' has other values on some ranks"),
+        ("settings", "SettingsError: 'lr' of param group 0 is 0.01 on rank 0 of the .*, but 0.02 on rank 1"),
+        ("job-wide", "SettingsError: Shampoo setting 'exchange_dtype' is 'float32' on rank 0 .*, but 'bfloat16'"),
+        ("threads", ""),
+        ("groups", "SettingsError: parameter 'bias' is .* in param group 0' on rank 0 .*, but .* in param group 1'"),
+        ("parameters", "SettingsError: parameter 'bias' is .* on rank 0 .*, but 'not there' on rank 1"),
+        ("outside", "SettingsError: on some ranks all trained parameters are of the DistributedDataParallel module"),
+        ("later", "SettingsError: parameter 'param_2' is not of the DistributedDataParallel module"),
+        ("join", r"RuntimeError: Shampoo can't step within DistributedDataParallel.join\(\)"),
+    ],
+)
+def test_what_is_refused(pools: Pools, kind: str, said: str) -> None:
+    """On all ranks alike: none is left waiting."""
+    for message in pools(2).run(ddp_jobs.refused, kind):
+        assert re.match(said, message) if said else not message
 
 
 # ---------------------------------------------------------------- state

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from ds_shampoo import Shampoo
+from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.config import SettingsError
+from ds_shampoo.sharding.partition import WholeLayout
 
 
 def model() -> nn.Module:
@@ -53,6 +55,43 @@ def test_batch_dims() -> None:
     assert "3 of 5 x 4" in line("kernels.0", batch_dims={"kernels.*": 1})
 
 
+def test_fused_parts() -> None:
+    assert "2 of 3 x 6" in line("first.weight", fused_parts={"first.weight": 2})
+    assert "6 x 6 (2 parts)" in line("first.weight", fused_parts={"first.weight": 2})
+    as_weight = {"roles": {"lm_*": "weight"}}
+    assert "1 of 4 x 6, 1 of 5 x 6" in line("lm_head.weight", fused_parts={"lm_head.weight": [4, 5]}, **as_weight)
+    assert "1 of 9 x 2, 1 of 9 x 4" in line("lm_head.weight", fused_parts={"lm_head.weight": [2, 4]}, **as_weight)
+    assert "6 of 5 x 2" in line("kernels.0", fused_parts={"kernels.*": [2, 2]}, batch_dims={"kernels.*": 1})
+    assert "1 of 6 x 6" in line("first.weight", fused_parts={"first.weight": 1})
+
+
+def test_fused_parts_overrule_what_was_found() -> None:
+    named = [("a.qkv.weight", nn.Parameter(torch.zeros(18, 6)))]
+    assert "3 of 6 x 6" in Shampoo(named).describe()
+    assert "1 of 18 x 6" in Shampoo(named, fused_parts={"*.qkv.weight": 1}).describe()
+    assert "1 of 10 x 6, 2 of 4 x 6" in Shampoo(named, fused_parts={"*.qkv.weight": [10, 4, 4]}).describe()
+
+
+def test_a_group_that_is_added_is_held_against_them_too() -> None:
+    optimizer = Shampoo([("a.qkv.weight", nn.Parameter(torch.zeros(18, 6)))], fused_parts={"*.qkv.weight": 3})
+    with pytest.raises(SettingsError, match=r"says 3 of 'b\.qkv\.weight' of shape \(20, 6\): its rows, 20, do not"):
+        optimizer.add_param_group({"params": [("b.qkv.weight", nn.Parameter(torch.zeros(20, 6)))]})
+
+
+class Sliced(WholeLayout):
+    """Says as Megatron's does where a matrix is to be cut."""
+
+    def sections(self, name: str, parameter: torch.Tensor) -> list[Section]:  # type: ignore[override]
+        return [Section((at, 0), (9, 6), (at, 0)) for at in (0, 9)]
+
+
+def test_a_layout_s_own_borders_stand() -> None:
+    named = [("a.qkv.weight", nn.Parameter(torch.zeros(18, 6)))]
+    assert "2 of 9 x 6" in Shampoo(named, layout=Sliced()).describe()
+    with pytest.raises(SettingsError, match=r"has a pattern for 'a\.qkv\.weight', which is cut as Megatron"):
+        Shampoo(named, layout=Sliced(), fused_parts={"*.qkv.weight": 3})
+
+
 def test_every_name_of_a_tied_parameter_counts() -> None:
     tied = model()
     tied["copy"] = nn.Linear(6, 6)  # type: ignore[operator]
@@ -77,12 +116,33 @@ def test_they_work_on_names_that_are_passed() -> None:
         ({"batch_dims": {"*": 1}}, r"'batch_dims' says 1 of 'first.weight' of shape \(6, 6\)"),
         (
             {"roles": {"first.*": "hidden"}},
-            r"'roles\[first\.\*\]' = 'hidden': Input should be 'weight', 'embedding', 'head' or",
+            r"'roles\[first\.\*\]' = 'hidden': Input should be 'weight', 'embedding', 'head', 'lora' or",
         ),
         (
             {"batch_dims": {"kernels.*": -1}},
             r"'batch_dims\[kernels\.\*\]' = -1: Input should be greater than or equal to 0",
         ),
+        ({"fused_parts": {"qvk*": 3}}, r"'fused_parts' has the pattern 'qvk\*', which matches no parameter"),
+        (
+            {"fused_parts": {"first.weight": 4}},
+            r"says 4 of 'first.weight' of shape \(6, 6\): its rows, 6, do not divide",
+        ),
+        (
+            {"fused_parts": {"lm_head.weight": [4, 4]}},
+            r"says \[4, 4\] of 'lm_head.weight' of shape \(9, 6\): they add up to 8, but it has 9 rows and 6 columns",
+        ),
+        ({"fused_parts": {"first.*": 2}}, r"says 2 of 'first.bias' of shape \(6,\): it is no matrix"),
+        ({"fused_parts": {"kernels.0": 2}}, r"says 2 of 'kernels.0' of shape \(3, 5, 4\): it is no matrix"),
+        (
+            {"fused_parts": {"first.*": 0}},
+            r"'fused_parts\[first\.\*\]' = 0: must be a number of equal parts, or a list",
+        ),
+        (
+            {"fused_parts": {"first.*": [6, 0]}},
+            r"'fused_parts\[first\.\*\]' = \[6, 0\]: must be a number of equal parts",
+        ),
+        ({"fused_parts": {"first.*": []}}, r"= \[\]: must be a number of equal parts, or a list"),
+        ({"fused_parts": {"first.*": True}}, r"= True: must be a number of equal parts, or a list"),
         ({"roles": ["first"]}, r"'roles' = \['first'\]: Input should be a valid dictionary"),
     ],
 )

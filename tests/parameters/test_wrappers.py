@@ -99,21 +99,31 @@ def test_dtensor(pools: Pools, kind: str) -> None:
 def on_several_ranks(kind: str) -> list[str]:
     with Listener() as said:
         found: nn.Module = model()
-        if kind == "ddp":
+        params = list(found.parameters())
+        if kind != "plain":
             found = DistributedDataParallel(found)
-        Shampoo(found.parameters(), model=found).prepare()
+        if kind == "more":
+            params.append(nn.Parameter(torch.ones(3, 5)))
+        Shampoo(params, model=None if kind == "unknown" else found).prepare()
         return said
 
 
-def test_ranks_that_share_no_work(pools: Pools) -> None:
-    first, second = pools(2).run(on_several_ranks, "ddp")
-    assert len(first) == 1
-    assert "built under DistributedDataParallel on 2 ranks, which share no work" in first[0]
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [("plain", "as a plain optimizer"), ("unknown", "as a plain optimizer"), ("more", "under DistributedDataParallel")],
+)
+def test_ranks_that_share_no_work(pools: Pools, kind: str, where: str) -> None:
+    first, second = pools(2).run(on_several_ranks, kind)
+    assert f"built {where} on 2 ranks, which share no work" in first[-1]
+    assert "With model=ddp, a DistributedDataParallel module that has all that is trained" in first[-1]
     assert not second
-    first, second = pools(2).run(on_several_ranks, "plain")
-    assert "built as a plain optimizer on 2 ranks, which share no work" in first[0]
-    assert not second
-    assert pools(1).run(on_several_ranks, "ddp") == [[]]
+    assert len(first) == (2 if kind == "more" else 1)
+    assert kind != "more" or "a parameter of shape (3, 5) is trained whose gradients" in first[0]
+
+
+def test_ranks_that_share_work(pools: Pools) -> None:
+    for world_size in (1, 2):
+        assert pools(world_size).run(on_several_ranks, "ddp") == [[]] * world_size
 
 
 def warned_under_deepspeed(stage: int, kind: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -73,11 +73,23 @@ def take_on(engine: Any, optimizer: Shampoo) -> None:
     attach(engine, optimizer)
 
 
-def finish(engine: Any, trained: Iterable[Tensor]) -> None:
+def made_for(members: Iterable[Any]) -> list[Shampoo]:
+    """The Shampoo objects that no framework has laid out, and that were made for some of these parameters.
+
+    To be asked before DeepSpeed puts tensors of its own into param groups, which others' optimizers may share.
+
+    Args:
+        members: parameters, (name, parameter) pairs or param groups.
+    """
+    own = {id(parameter) for parameter in _parameters_in(members)}
+    return [each for each in unbound if any(id(parameter) in own for parameter in _parameters_in(each.param_groups))]
+
+
+def finish(engine: Any, made_for_them: Iterable[Shampoo]) -> None:
     """What is done once DeepSpeed has put an engine's optimizer in place: a Shampoo's layout is held against the data.
 
     Args:
-        trained: the parameters that the optimizer was given.
+        made_for_them: the Shampoo objects that were made for what the engine trains.
 
     Raises:
         SettingsError: if the engine has a Shampoo that was not taken on.
@@ -93,12 +105,8 @@ def finish(engine: Any, trained: Iterable[Tensor]) -> None:
                 '"optimizer": {"type": "Shampoo"} in the config, or pass it as optimizer='
             )
         optimizer.prepare()
-    _say_what_is_not_used(engine, trained)
-
-
-def parameters_in(members: Iterable[Any]) -> list[Tensor]:
-    """The parameters of a list that has them as they are, with names, or in param groups."""
-    return list(_tensors(members))
+    if any(each in unbound for each in made_for_them) and not engine.global_rank:
+        _say_what_is_not_used(optimizer)
 
 
 def log_to_stdout() -> None:
@@ -135,12 +143,8 @@ def _say_which_optimizer_holds(engine: Any) -> None:
         )  # fmt: skip
 
 
-def _say_what_is_not_used(engine: Any, trained: Iterable[Tensor]) -> None:
-    """Logs a warning, on the first rank, where a Shampoo was made for what the engine trains with something else."""
-    own = {id(parameter) for parameter in trained}
-    idle = [each for each in unbound if any(id(p) in own for p in parameters_in(each.param_groups))]
-    if not idle or engine.global_rank:
-        return
+def _say_what_is_not_used(optimizer: Any) -> None:
+    """Logs a warning that another optimizer trains what a Shampoo was made for."""
     log_to_stdout()
     logger.warning(
         "a Shampoo object was made for parameters that this DeepSpeed engine trains with %s: the object trains "
@@ -148,15 +152,19 @@ def _say_what_is_not_used(engine: Any, trained: Iterable[Tensor]) -> None:
         '"Shampoo", "params": {...}}. Hugging Face\'s Trainer takes no object beside DeepSpeed (optimizers=), and '
         "Accelerate puts DeepSpeedCPUAdam in its place under offload unless the config has "
         '"zero_force_ds_cpu_optimizer": false',
-        type(internals.inner_optimizer(engine)).__name__,
+        type(optimizer).__name__,
     )
 
 
-def _tensors(members: Iterable[Any]) -> Iterator[Tensor]:
+def _parameters_in(members: Iterable[Any]) -> Iterator[Tensor]:
+    """The parameters of a list that has them as they are, with names, or in param groups.
+
+    A group's iterator is left alone: whoever makes the optimizer needs what it gives.
+    """
     for member in members:
         if isinstance(member, Tensor):
             yield member
-        elif isinstance(member, dict):
-            yield from _tensors([member["params"]] if isinstance(member["params"], Tensor) else member["params"])
         elif isinstance(member, tuple):
             yield member[1]
+        elif isinstance(member, Mapping) and isinstance(params := member.get("params"), Tensor | Sequence):
+            yield from _parameters_in([params] if isinstance(params, Tensor) else params)

@@ -82,9 +82,8 @@ def _configuring(deepspeeds: Callable[..., None]) -> Callable[..., None]:
     def configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
         from ds_shampoo.frameworks.deepspeed import binding
 
-        trained = binding.parameters_in(
-            client_optimizer.param_groups if isinstance(client_optimizer, Optimizer) else model_parameters
-        )
+        trained = client_optimizer.param_groups if isinstance(client_optimizer, Optimizer) else model_parameters
+        made_for_them = binding.made_for(trained)
         if isinstance(client_optimizer, Shampoo):
             binding.take_on_object(self, client_optimizer)
         elif callable(client_optimizer) and not isinstance(client_optimizer, Optimizer):
@@ -94,7 +93,7 @@ def _configuring(deepspeeds: Callable[..., None]) -> Callable[..., None]:
             deepspeeds(self, client_optimizer, model_parameters)
         finally:
             _building.reset(token)
-        binding.finish(self, trained)
+        binding.finish(self, made_for_them)
 
     return configure_optimizer
 

@@ -84,7 +84,6 @@ NAMES: tuple[Private, ...] = (
     Entry(_GROUPS, "_EXPERT_PARALLEL_GROUP_RANKS", kind=dict, since=(0, 17, 1)),
     Entry(_GROUPS, "_EXPERT_DATA_PARALLEL_GROUP", kind=dict),
     Entry(_GROUPS, "_EXPERT_DATA_PARALLEL_GROUP_RANKS", kind=dict, since=(0, 17, 1)),
-    Entry("deepspeed.ops.op_builder", "AsyncIOBuilder"),
     Entry("deepspeed.runtime.config_utils", "dict_raise_error_on_duplicate_keys"),
 )
 
@@ -387,13 +386,6 @@ def enter_experts(parameters: Sequence[nn.Parameter], parallel: dist.ProcessGrou
 
 
 # The rest.
-
-
-def has_libaio() -> bool:
-    """Whether DeepSpeed can build what it uses NVMe by."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    return bool(AsyncIOBuilder().is_compatible())
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -95,6 +95,12 @@ def _pipelined(offload: Any) -> bool:
     return bool(offload.pipeline_read or offload.pipeline_write)
 
 
+def _has_libaio() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible())
+
+
 def _has_unknown_experts(model: Any) -> bool:
     """Whether some parameter is one of the experts that ranks divide, and DeepSpeed can't know among which ranks."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
@@ -149,7 +155,7 @@ _REFUSALS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         'zero_optimization.offload_optimizer.device = "nvme": at stage 3 only; use "cpu"',
     ),
     (
-        lambda e: _on_nvme(e, "zero_offload_optimizer") and not internals.has_libaio(),
+        lambda e: _on_nvme(e, "zero_offload_optimizer") and not _has_libaio(),
         'zero_optimization.offload_optimizer.device = "nvme": DeepSpeed needs libaio for it, which is not here '
         '(apt-get install libaio-dev); or use "cpu"',
     ),
