@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import DataLoaderConfiguration, DummyOptim, set_seed
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,6 +29,8 @@ def by_accelerate(config: dict[str, Any] | None, folder: str, resume: bool = Fal
     """
     with fresh(), listening() as heard:
         set_seed(0)
+        if dist.get_world_size() == 1:  # as where no launcher started it
+            del os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]
         PartialState(cpu=True)
         accelerator = _accelerator(config)
         found = Outcome()
