@@ -46,7 +46,7 @@ def overruled(config: ShampooConfig, parameter: Named, found: Kind) -> Kind:
     dims = _first_match(config.batch_dims, parameter.names)
     if role is not None:
         found = replace(found, role=ROLES[role])
-    if role == "lora" and found.rank_dim is None:  # of a kind that its name does not tell
+    if role == "lora" and found.rank_dim is None and len(parameter.shape) > 1:  # of a kind that its name does not tell
         found = replace(found, rank_dim=0 if parameter.shape[0] <= math.prod(parameter.shape[1:]) else -1)
     if dims is not None:
         found = replace(found, batch=math.prod(parameter.shape[:dims]))
