@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_shampoo.frameworks.host import Host
+from ds_shampoo.frameworks.installed import Installed
 from ds_shampoo.frameworks.privates import Entry, Function, Given, Method, Private, Quoted
 from ds_shampoo.parameters import marks
 
@@ -92,7 +92,7 @@ STOOD_IN_FOR: tuple[Private, ...] = (
 )
 
 # What is found out about the installed release; to be checked before an engine trains.
-DEEPSPEED = Host("DeepSpeed", "deepspeed", tested=(0, 19, 8), oldest=(0, 16), names=NAMES + STOOD_IN_FOR)
+DEEPSPEED = Installed("DeepSpeed", "deepspeed", tested=(0, 19, 8), oldest=(0, 16), names=NAMES + STOOD_IN_FOR)
 
 
 # What is asked of engines that are being set up, and may not have it yet: `check` has seen that they will.

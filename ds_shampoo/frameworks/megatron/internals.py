@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ds_shampoo.frameworks.host import Host
+from ds_shampoo.frameworks.installed import Installed
 from ds_shampoo.frameworks.privates import Entry, Field, Function, Given, Mark, Method, Private, Quoted, resolve
 from ds_shampoo.parameters import marks
 
@@ -105,7 +105,7 @@ STOOD_IN_FOR: tuple[Private, ...] = (
 
 
 # What is found out about the installed release; to be checked before anything is built.
-MEGATRON = Host("megatron-core", "megatron.core", tested=(0, 19, 2), oldest=(0, 16), names=NAMES + SETTINGS)
+MEGATRON = Installed("megatron-core", "megatron.core", tested=(0, 19, 2), oldest=(0, 16), names=NAMES + SETTINGS)
 
 
 # Megatron's optimizers.

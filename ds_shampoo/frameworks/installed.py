@@ -19,7 +19,7 @@ logger = logging.getLogger("ds_shampoo")
 
 
 @dataclass(frozen=True)
-class Host:
+class Installed:
     """A framework.
 
     Attributes:
@@ -90,14 +90,14 @@ class Host:
 
 
 @functools.cache
-def _check(host: Host, found: tuple[int, ...]) -> None:
-    if found < host.oldest:
-        raise SettingsError(f"{host.name} {host.version}: Shampoo needs {_text(host.oldest)} or newer")
-    host.refuse_moved(host.names)
-    if found[:2] > host.tested[:2] and int(os.environ.get("RANK", "0")) == 0:
+def _check(framework: Installed, found: tuple[int, ...]) -> None:
+    if found < framework.oldest:
+        raise SettingsError(f"{framework.name} {framework.version}: Shampoo needs {_text(framework.oldest)} or newer")
+    framework.refuse_moved(framework.names)
+    if found[:2] > framework.tested[:2] and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(
             "Shampoo was tested with %s %s, not with %s; all that it uses was found there",
-            *(host.name, host.tested_version, host.version),
+            *(framework.name, framework.tested_version, framework.version),
         )
 
 
