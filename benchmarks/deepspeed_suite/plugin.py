@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import sys
@@ -25,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     multiprocessing.set_forkserver_preload(["benchmarks.deepspeed_suite.stand_in", "unit.simple_model"])
     if NOTES in os.environ:
         config.pluginmanager.register(_Recorder(Path(os.environ[NOTES]), os.environ[OPTIMIZER]))
+    if COLLECTED in os.environ:
+        config.pluginmanager.register(_Collector(Path(os.environ[COLLECTED])))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -50,9 +53,20 @@ def _maker(kind: type[Any]) -> Callable[[], Any]:
     return make
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    if COLLECTED in os.environ:
-        Path(os.environ[COLLECTED]).write_text("".join(f"{item.nodeid}\n" for item in session.items))
+class _Collector:
+    """Writes down which tests there are, and why some files' can't be had."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.errors: dict[str, str] = {}
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.errors[report.nodeid] = report.longreprtext[-_LONGEST:]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        found = {"tests": [item.nodeid for item in session.items], "errors": self.errors}
+        self.path.write_text(json.dumps(found))
 
 
 class _Recorder:

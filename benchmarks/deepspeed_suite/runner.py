@@ -51,23 +51,21 @@ class Runner:
     _over: Event = field(default_factory=Event, init=False)
 
     def collect(self, files: Sequence[str], keyword: str | None) -> tuple[list[str], dict[str, str]]:
-        """The ids of the tests in some files or folders, and what was printed over those that can't be collected.
+        """The ids of the tests in some files or folders, and why those of some files can't be had.
 
         Raises:
             RunError: if pytest fails otherwise.
         """
-        found, log = self.folder / "collected.txt", self.folder / "collect.log"
+        found, log = self.folder / "collected.json", self.folder / "collect.log"
         found.unlink(missing_ok=True)
         select = ["-k", keyword] if keyword else []
-        arguments = ["--collect-only", "--continue-on-collection-errors", *select, *files]
+        arguments = ["--collect-only", "--continue-on-collection-errors", "-q", *select, *files]
         with log.open("w") as output:
-            process = self._start(arguments, {plugin.COLLECTED: str(found)}, output)
-            process.wait()
-        text = log.read_text(errors="replace")
-        if not found.exists() or process.returncode not in (0, 1, 2, 5):
-            raise RunError(f"pytest could not collect {' '.join(files)}:\n{text[-_TAIL:]}")
-        errors = [line.partition("ERROR ")[2] for line in _plain(text).splitlines() if line.startswith("ERROR ")]
-        return found.read_text().splitlines(), {line.split(" ")[0]: line for line in errors}
+            self._start(arguments, {plugin.COLLECTED: str(found)}, output).wait()
+        if not found.exists():
+            raise RunError(f"pytest could not collect {' '.join(files)}:\n{_tail(log)}")
+        collected = json.loads(found.read_text())
+        return collected["tests"], collected["errors"]
 
     def run(self, tests: Sequence[str], jobs: int, done: Callable[[Record], None], optimizer: str = "shampoo") -> None:
         """Runs tests, file by file, and hands each one's record over as soon as it has ended.

@@ -42,7 +42,7 @@ def to_text(verdicts: Sequence[Verdict], selected: int, uncollected: Mapping[str
     parts = [
         f"DeepSpeed's tests with Shampoo in Adam's place, {versions}: {len(verdicts)} of {selected} run",
         _counts(verdicts),
-        _listing("could not be collected", uncollected.values()),
+        _listing("could not be collected", (f"{file}: {_essence(text)}" for file, text in uncollected.items())),
         _listing("failed before Shampoo was asked for", (f"{count} by {text}" for text, count in alone.most_common())),
         _listing("passed, but no step was taken", (v.record.test for v in passed if not v.record.stepped)),
         _listing("passed, though listed as a difference", (v.record.test for v in passed if v.expected is not None)),

@@ -90,11 +90,12 @@ class Mark(Private):
 
 
 @dataclass(frozen=True)
-class Key(Private):
-    """A key of the dicts that the owner, a function, gives."""
+class Quoted(Private):
+    """A name that the owner's code has as a string: a key of what it gives, or an attribute that it asks for."""
 
     def _fault(self, owner: Any) -> str:
-        return "" if any(self.name in _flat(code.co_consts) for code in codes(owner)) else "there is no such key"
+        said = any(self.name in _flat(code.co_consts) for code in codes(owner))
+        return "" if said else f"nothing in {self.owner} has that name"
 
 
 @dataclass(frozen=True)

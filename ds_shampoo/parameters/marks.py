@@ -1,4 +1,4 @@
-"""What model libraries write on their parameters for whoever trains them, under any framework or none."""
+"""What frameworks and model libraries write on parameters for whoever trains them, whatever lays them out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from torch import Tensor
 
 # Megatron's, on matrices that map from or to the vocabulary.
 EMBEDDING_OR_HEAD = "is_embedding_or_output_parameter"
+# ZeRO-3's, on what it has taken the elements of; that may be before there is an engine.
+WHOLE_SHAPE = "ds_shape"
 # DeepSpeed's and Megatron's: false on what not all data-parallel ranks share.
 EXPERT = "allreduce"
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape on this rank, also where its elements have been taken away."""
+    return tuple(getattr(parameter, WHOLE_SHAPE, parameter.shape))
 
 
 def is_embedding_or_head(parameter: Tensor) -> bool:

@@ -14,6 +14,7 @@ from ds_shampoo.algorithm import selection
 from ds_shampoo.algorithm.blocks import Parts, matrix_dims
 from ds_shampoo.algorithm.selection import Kind, Role
 from ds_shampoo.config import SettingsError, ShampooConfig
+from ds_shampoo.parameters import marks
 from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.partition import LogicalParameter
 
@@ -45,7 +46,7 @@ def overruled(config: ShampooConfig, parameter: Named, found: Kind) -> Kind:
     dims = _first_match(config.batch_dims, parameter.names)
     if role is not None:
         found = replace(found, role=ROLES[role])
-    if role == "lora" and found.rank_dim is None:  # of a kind that its name does not tell
+    if role == "lora" and found.rank_dim is None and len(parameter.shape) > 1:  # of a kind that its name does not tell
         found = replace(found, rank_dim=0 if parameter.shape[0] <= math.prod(parameter.shape[1:]) else -1)
     if dims is not None:
         found = replace(found, batch=math.prod(parameter.shape[:dims]))
@@ -90,7 +91,7 @@ def named(model: nn.Module | None, groups: Iterable[Iterable[LogicalParameter]],
         aliases = selection.aliases(model)
         for tensor in model.parameters():
             own = aliases[id(tensor)]
-            yield Named((*own, layout.name(own[0], tensor)), layout.shape(tensor))
+            yield Named((*own, layout.name(own[0], tensor)), marks.whole_shape(tensor))
 
 
 def check(

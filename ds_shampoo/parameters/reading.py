@@ -32,7 +32,7 @@ class Parameters:
         self._patterns_hold = False
         self._sharding, self._looked_again = wrappers.sharding(model), False
         self._names = selection.names(model) if model is not None else {}
-        self._reader = selection.Reader(layout.shape, marks.is_embedding_or_head)
+        self._reader = selection.Reader(marks.whole_shape, marks.is_embedding_or_head)
         self._kinds = selection.kinds(model, self._reader) if model is not None else {}
         self._aliases = selection.aliases(model) if model is not None else {}
         self._parts = fused.parts(model, self._reader) if model is not None else {}
@@ -81,7 +81,7 @@ class Parameters:
         own_name = name or self._names.get(id(tensor), f"param_{position}")
         unfit = wrappers.check_parameter(own_name, tensor, self._sharding)
         accelerators.check_parameter(own_name, tensor)
-        name, shape = self.layout.name(own_name, tensor), self.layout.shape(tensor)
+        name, shape = self.layout.name(own_name, tensor), marks.whole_shape(tensor)
         found = self._kinds.get(id(tensor)) or selection.name_kind(name, tensor, self._reader)
         known_as = patterns.Named((*self._aliases.get(id(tensor), ()), own_name, name), shape)
         kind = patterns.overruled(self._config, known_as, found)

@@ -53,10 +53,6 @@ class Layout(ABC):
         """Where blocks are kept and preconditioned: that of the model's compute, wherever shards lie."""
         return parameter.device
 
-    def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """A parameter's full shape on this rank, also where the framework has taken its elements away."""
-        return tuple(parameter.shape)
-
     def name(self, name: str, parameter: Tensor) -> str:
         """A parameter's name among those of all ranks, from its name in this rank's model."""
         return name

@@ -188,9 +188,9 @@ def test_only_failures_and_refusals_that_did_not_come_count() -> None:
     ends = {"a": "passed", "b": "failed", "c": "failed", "d": "skipped", "e": "passed"}
     verdicts = judge([Record(test, end, **TRAINED) for test, end in ends.items()], suite)
     assert [failed([verdict]) for verdict in verdicts] == [True, False, True, False, False]
-    shown = to_text(verdicts, 7, {"f": "f - ImportError: no transformers"}, "here")
+    shown = to_text(verdicts, 7, {"f": "E   ImportError: no transformers"}, "here")
     assert "5 of 7 run" in shown
-    assert "f - ImportError: no transformers" in shown
+    assert "f: ImportError: no transformers" in shown
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,8 @@ def test_a_run_of_a_checkout_made_here(tmp_path: Path, capfd: pytest.CaptureFixt
         {"test": ids["trains_with_an_object"], "why": "nothing: it passes"},
     ]
     listed = tmp_path / "list.json"
-    listed.write_text(json.dumps({"files": ["unit/test_fake.py"], "expected": expected}))
+    files = ["unit/test_fake.py", "unit/test_lacking.py", "unit/test_skipped_as_a_whole.py"]
+    listed.write_text(json.dumps({"files": files, "expected": expected}))
     arguments = ["--checkout", str(checkout), "--list", str(listed), "--ranks", "1"]
     arguments += ["--results", str(tmp_path / "results"), "--json", str(tmp_path / "found.json")]
     assert script.main(arguments) == 1
@@ -304,7 +305,9 @@ def test_a_run_of_a_checkout_made_here(tmp_path: Path, capfd: pytest.CaptureFixt
         "fails_by_itself",
         "after_training",
     }
-    assert "passed, though listed as a difference" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "passed, though listed as a difference" in shown
+    assert "test_lacking.py: ModuleNotFoundError: No module named 'a_module_that_is_not_here'" in shown
 
     listed.write_text(
         json.dumps(
@@ -328,5 +331,6 @@ def fake_checkout(folder: Path, version: str) -> None:
     (unit / "__init__.py").write_text("")
     (unit / "common.py").write_text(COMMON)
     (unit / "test_fake.py").write_text(TESTS)
+    (unit / "test_lacking.py").write_text("import a_module_that_is_not_here\n")
     skipped = 'import pytest\npytest.skip("the whole module", allow_module_level=True)\n'
     (unit / "test_skipped_as_a_whole.py").write_text(skipped)

@@ -220,11 +220,11 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.trunk, self.branch, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.trunk, self.branch, self.last = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
 
     def forward(self, x: Tensor, branch: bool) -> Tensor:
         x = torch.tanh(self.trunk(x))
-        return self.head(torch.tanh(self.branch(x)) if branch else x)
+        return self.last(torch.tanh(self.branch(x)) if branch else x)
 
 
 def branch_loss(model: nn.Module, step: int, used: bool, rank: int = 0, world_size: int = 1) -> Tensor:
@@ -267,7 +267,7 @@ def frozen_for_a_time(steps: int, settings: dict[str, Any], shared: bool, rewrap
         if step == steps // 2:
             inner.branch.requires_grad_(True)
             model = DistributedDataParallel(inner) if shared and rewrapped else model
-        if step == steps - 2:
+        if step == steps - 2:  # the trunk rests at the end
             inner.trunk.requires_grad_(False)
             inner.trunk.zero_grad()
             model = DistributedDataParallel(inner) if shared else model
@@ -358,7 +358,7 @@ def refused(kind: str) -> str:
 
 def unfrozen_without_a_new_wrapper(settings: dict[str, Any]) -> str:
     try:
-        frozen_for_a_time(4, settings, shared=True, rewrapped=False)
+        frozen_for_a_time(8, settings, shared=True, rewrapped=False)
     except RuntimeError as error:
         return str(error)
     return ""

@@ -100,10 +100,10 @@ def test_an_unfrozen_layer_that_ddp_does_not_average_is_refused(pools: Pools) ->
 def test_a_wrapper_within_a_module(pools: Pools) -> None:
     (first, owned, names), (second, others, _) = pools(2).run(ddp_jobs.nested, 6, ddp_jobs.BRANCH_SETTINGS)
     assert np.array_equal(first, second)
-    assert names == [f"net.{layer}.{kind}" for layer in ("trunk", "branch", "head") for kind in ("weight", "bias")]
+    assert names == [f"net.{layer}.{kind}" for layer in ("trunk", "branch", "last") for kind in ("weight", "bias")]
     assert owned
     assert others
-    assert {block.split("[")[0] for block in owned + others} == {"net.branch.weight", "net.head.weight"}
+    assert {block.split("[")[0] for block in owned + others} == {"net.branch.weight", "net.last.weight"}
 
 
 def test_process_groups_and_two_optimizers(pools: Pools) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,10 @@ def test_they_are_resumed(pools: Pools, tmp_path: Path, stage: int) -> None:
 
 
 def test_a_checkpoint_from_before_there_were_parts_starts_those_fresh(pools: Pools, tmp_path: Path) -> None:
-    """What is cut now as it was then goes on: `down_proj`."""
+    """What is cut now as it was then goes on: `down_proj`, and `c_attn`, which was cut between its parts by chance."""
     pools(2).run(fused_jobs.job, config(2, 2, **AS_ONE), SAVED_AT + 1, str(tmp_path), SAVED_AT)
     for message in pools(2).run(fused_jobs.refusal, config(2, 2), str(tmp_path), SAVED_AT):
-        assert "has no block columns.c_attn.weight" in message
-        assert "'fused_parts'" in message
+        assert re.search(r"has no block (groups|gated)\..* with other patterns under 'fused_parts'", message)
     index_file = next(tmp_path.glob("*/shampoo/index.json"))
     index = json.loads(index_file.read_text())
     for each in index["header"]["cut"]:
@@ -71,7 +71,7 @@ def test_a_checkpoint_from_before_there_were_parts_starts_those_fresh(pools: Poo
     index["sha256"] = checksum(index)
     index_file.write_text(json.dumps(index))
     found = pools(2).run(fused_jobs.job, config(2, 2), STEPS, str(tmp_path), SAVED_AT, True)
-    assert sum(metrics["started"] for _, metrics, _ in found) == 1
+    assert sum(metrics["started"] for _, metrics, _ in found) == 1 + 3
     assert sum(metrics["preconditioned_blocks"] for _, metrics, _ in found) == 12
 
 

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import pytest
@@ -16,7 +15,8 @@ from ds_shampoo import SettingsError
 from ds_shampoo.frameworks import host
 from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.frameworks.megatron.internals import MEGATRON
-from ds_shampoo.frameworks.privates import Entry, Field, Function, Method, Private, functions, resolve
+from ds_shampoo.frameworks.privates import Private
+from tests.frameworks.moving import move
 
 megatron = pytest.importorskip("megatron.core")
 PACKAGE = Path(internals.__file__).parents[2]
@@ -40,7 +40,7 @@ def test_the_installed_release_has_all_of_it() -> None:
 
 @pytest.mark.parametrize("name", HERE, ids=str)
 def test_what_is_gone_is_refused_by_name(name: Private, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_away(name, monkeypatch)
+    move(monkeypatch, name)
     with pytest.raises(SettingsError) as refusal:
         MEGATRON.check()
     assert f"megatron-core {megatron.__version__} lacks what Shampoo needs" in str(refusal.value)
@@ -50,7 +50,7 @@ def test_what_is_gone_is_refused_by_name(name: Private, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", internals.STOOD_IN_FOR, ids=str)
 def test_what_the_cpu_stands_in_for_is_refused_too(name: Private, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_away(name, monkeypatch)
+    move(monkeypatch, name)
     with pytest.raises(SettingsError, match=r"lacks what Shampoo needs of it"):
         internals.stand_in_for_cuda(
             get_rng_state=untouched, set_rng_state=untouched, causal_mask=untouched, norm=untouched
@@ -68,7 +68,7 @@ def test_what_has_become_something_else_is_refused(monkeypatch: pytest.MonkeyPat
 def test_all_that_moved_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     several = [name for name in HERE if name.name in ("main_param", "partition_dim", "fp8")]
     for name in several:
-        take_away(name, monkeypatch)
+        move(monkeypatch, name)
     with pytest.raises(SettingsError) as refusal:
         MEGATRON.check()
     assert all(f"{name} (" in str(refusal.value) for name in several)
@@ -104,35 +104,6 @@ def test_no_other_file_names_them(path: Path) -> None:
 def test_the_test_finds_names() -> None:
     source = "from megatron.core.optimizer import _get_param_groups\nx.main_param\ngetattr(p, 'partition_dim')"
     assert {"_get_param_groups", "main_param", "partition_dim"} <= set(named(ast.parse(source)))
-
-
-def take_away(name: Private, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the installed Megatron one in which the name is another."""
-    owner = resolve(name.owner)
-    if isinstance(name, Field):
-        fields = {key: field for key, field in owner.__dataclass_fields__.items() if key != name.name}
-        monkeypatch.setattr(owner, "__dataclass_fields__", fields)
-    elif isinstance(name, Method):
-        monkeypatch.delattr(next(base for base in owner.__mro__ if name.name in vars(base)), name.name)
-    elif isinstance(name, Entry | Function):
-        monkeypatch.delattr(owner, name.name)
-    else:
-        for function in set(functions(owner)):
-            monkeypatch.setattr(function, "__code__", renamed(function.__code__, name.name))
-
-
-def renamed(code: CodeType, name: str) -> CodeType:
-    """The code with another name in the place of one, as an attribute and as a string."""
-
-    def other(constant: Any) -> Any:
-        if isinstance(constant, tuple):
-            return tuple(map(other, constant))
-        return renamed(constant, name) if isinstance(constant, CodeType) else other_name(constant)
-
-    def other_name(found: Any) -> Any:
-        return f"{name}_moved" if found == name else found
-
-    return code.replace(co_names=tuple(map(other_name, code.co_names)), co_consts=tuple(map(other, code.co_consts)))
 
 
 def named(tree: ast.AST) -> Iterator[str]:

@@ -39,7 +39,7 @@ def of_rank(
 ) -> list[Section]:
     shape = tuple(n // size if i == dim else n for i, n in enumerate(whole))
     model = sliced(layer, shape, dim, stride, num_query_groups=groups)  # type: ignore[arg-type]
-    found = sections(model, f"{layer}.weight", model[layer].weight, shape=shape, rank=rank, world_size=size)
+    found = sections(model, f"{layer}.weight", model[layer].weight, rank=rank, world_size=size)
     assert found is not None
     return found
 
@@ -121,13 +121,13 @@ def test_a_slice_that_ends_within_a_group_cuts_it_there() -> None:
 def test_rows_that_do_not_fit_are_refused() -> None:
     model = sliced("linear_qkv", (50, 6), 0)
     with pytest.raises(ValueError, match=r"'linear_qkv.weight' of shape \(50, 6\) does not fit"):
-        sections(model, "linear_qkv.weight", model["linear_qkv"].weight, shape=(50, 6), rank=0, world_size=1)
+        sections(model, "linear_qkv.weight", model["linear_qkv"].weight, rank=0, world_size=1)
 
 
 def test_what_is_whole_on_every_rank_has_no_sections() -> None:
     model = nn.ModuleDict({"router": nn.Linear(4, 4)})
     router = model["router"].weight
-    assert sections(model, "router.weight", router, shape=(4, 4), rank=0, world_size=2) is None
+    assert sections(model, "router.weight", router, rank=0, world_size=2) is None
 
 
 def test_without_megatron_the_message_says_what_to_install() -> None:

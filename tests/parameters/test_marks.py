@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from torch import nn
 
-from ds_shampoo import Shampoo
+from ds_shampoo import SettingsError, Shampoo
 from ds_shampoo.parameters.marks import mark_embedding_or_head
 
 
@@ -25,3 +27,14 @@ def test_megatrons_own_attribute_is_the_mark() -> None:
     model = nn.Linear(6, 9)
     model.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
     assert "output head" in Shampoo(model.named_parameters()).describe()
+
+
+def test_shapes_are_read_where_zero_has_taken_the_elements_away_before_there_is_an_engine() -> None:
+    model = nn.ModuleDict({"experts": nn.ParameterList([nn.Parameter(torch.zeros(3, 8, 4))]), "out": nn.Linear(4, 6)})
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+        parameter.data = torch.empty(0)
+    table = Shampoo(model.parameters(), model=model, batch_dims={"experts.*": 1}).describe()
+    assert [shape for shape in ("3 x 8 x 4", "6 x 4") if f" {shape} " in table] == ["3 x 8 x 4", "6 x 4"]
+    with pytest.raises(SettingsError, match=r"says 2 of 'experts.0' of shape \(3, 8, 4\)"):
+        Shampoo(model.parameters(), model=model, batch_dims={"experts.*": 2})

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_shampoo.frameworks.host import Host
-from ds_shampoo.frameworks.privates import Entry, Function, Given, Method, Private
+from ds_shampoo.frameworks.privates import Entry, Function, Given, Method, Private, Quoted
 from ds_shampoo.parameters import marks
 
 _CONFIG = "deepspeed.runtime.config.DeepSpeedConfig"
@@ -45,52 +44,43 @@ NAMES: tuple[Private, ...] = (
     Given(ENGINE, "_config"),
     Given(ENGINE, "basic_optimizer"),  # what ZeRO wraps
     Given(ENGINE, "client_optimizer"),  # what `initialize` was given as such
-    Given(ENGINE, "pipeline_parallelism"),
-    Given(ENGINE, "has_moe_layers"),
-    Given(ENGINE, "mp_world_size"),
-    Given(ENGINE, "sequence_parallel_size"),
+    *(Given(ENGINE, name) for name in ("mp_world_size", "sequence_parallel_size")),
+    *(Given(ENGINE, name) for name in ("pipeline_parallelism", "has_moe_layers")),
     Given(ENGINE, "seq_data_parallel_group"),  # the ranks that hold the same parameters, experts apart
     Given(ENGINE, "expert_data_parallel_group"),  # those that hold the same experts, by the groups' names
-    Given(ENGINE, "monitor"),
-    Given(ENGINE, "global_samples"),
-    Given(ENGINE, "checkpoint_engine"),
+    *(Given(ENGINE, name) for name in ("monitor", "global_samples", "checkpoint_engine")),
     Method(ENGINE, "_configure_optimizer", named=("client_optimizer", "model_parameters")),
     Method(ENGINE, "_copy_recovery_script", passed_on=True),
     Given(_PIPELINE, "tied_modules"),
+    Given(_PIPELINE, "ds_pipe_replicated"),  # on a tied parameter: that another stage's copy counts in the norm
+    Quoted("deepspeed.runtime.utils.is_model_parallel_parameter", "model_parallel"),  # on one: that every rank's counts
     Method(_PIPELINE, "num_pipeline_stages"),
     Method(_WRITER, "is_decoupled", since=(0, 17, 1)),
     # Stages 1 and 2, and BF16_Optimizer: by param group, this rank's flat fp32 share, and whose it is.
-    Given(_FLAT, "single_partition_of_fp32_groups"),
-    Given(_FLAT, "bit16_groups"),
-    Given(_BF16, "fp32_groups_flat_partition"),
-    Given(_BF16, "bf16_groups"),
+    *(Given(_FLAT, name) for name in ("single_partition_of_fp32_groups", "bit16_groups")),
+    *(Given(_BF16, name) for name in ("fp32_groups_flat_partition", "bf16_groups")),
     Given(_LINKS, "_dp_group"),  # on a parameter: the ranks that share its flat tensor
     # Stage 3: by sub-group, its flat fp32 tensor, how many elements belong there, whose pieces, and its param group.
-    Given(_STAGE3, "fp32_partitioned_groups_flat"),
-    Given(_STAGE3, "fp16_partitioned_groups_flat_numel"),
-    Given(_STAGE3, "fp16_groups"),
-    Given(_STAGE3, "sub_group_to_group_id"),
-    Given(_STAGE3, "dp_process_group"),
+    *(Given(_STAGE3, name) for name in ("fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat_numel")),
+    *(Given(_STAGE3, name) for name in ("fp16_groups", "sub_group_to_group_id", "dp_process_group")),
     Method(_STAGE3, "_get_sub_group_process_group", positional=1, since=(0, 19, 3)),
     Method(_STAGE3, "_swappable_optimizer_subgroup", positional=1),
-    Given(_PIECES, "ds_shape"),  # on a parameter: its whole shape,
+    Given(_PIECES, marks.WHOLE_SHAPE),  # on a parameter: its whole shape,
     Given(_PIECES, "ds_tensor"),  # this rank's piece of it, padded,
     Given(_PIECES, "partition_numel"),  # and the length of a piece, a function
     # Experts: marks on their parameters, and where groups of ranks are looked up by the name in a mark.
     Given(_EXPERTS, marks.EXPERT),
     Given(_EXPERTS, "group_name"),
     Function(_GROUPS, "_get_expert_parallel_rank", positional=1),
-    Entry(_GROUPS, "_EXPERT_PARALLEL_GROUP", kind=dict),
+    *(Entry(_GROUPS, f"_EXPERT_{what}_GROUP", kind=dict) for what in ("PARALLEL", "DATA_PARALLEL")),
     Entry(_GROUPS, "_EXPERT_PARALLEL_GROUP_RANKS", kind=dict, since=(0, 17, 1)),
-    Entry(_GROUPS, "_EXPERT_DATA_PARALLEL_GROUP", kind=dict),
     Entry(_GROUPS, "_EXPERT_DATA_PARALLEL_GROUP_RANKS", kind=dict, since=(0, 17, 1)),
     Entry("deepspeed.runtime.config_utils", "dict_raise_error_on_duplicate_keys"),
 )
 
 # What is documented, or known by its use, but stood in for: with these arguments.
 STOOD_IN_FOR: tuple[Private, ...] = (
-    Given(_CONFIG, "zero_allow_untested_optimizer"),
-    Given(_CONFIG, "zero_force_ds_cpu_optimizer"),
+    *(Given(_CONFIG, name) for name in ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")),
     Method(ENGINE, "save_checkpoint", named=("save_dir", "tag", "save_latest")),
     Method(
         ENGINE,
@@ -100,7 +90,6 @@ STOOD_IN_FOR: tuple[Private, ...] = (
     Method(_WRITER, "save", positional=2),
     Method(_WRITER, "makedirs", positional=1, named=("exist_ok",)),
 )
-
 
 # What is found out about the installed release; to be checked before an engine trains.
 DEEPSPEED = Host("DeepSpeed", "deepspeed", tested=(0, 19, 8), oldest=(0, 16), names=NAMES + STOOD_IN_FOR)
@@ -178,6 +167,16 @@ def given_optimizer(engine: Any) -> Any:
 def pipeline_stages(engine: Any) -> int:
     """Over how many stages a pipeline runs; 1 without."""
     return int(DEEPSPEED.of(engine.module, "num_pipeline_stages")()) if has_pipeline(engine) else 1
+
+
+def is_counted_elsewhere(parameter: Tensor) -> bool:
+    """Whether DeepSpeed counts another stage's copy of a pipeline's parameter in the norm of all gradients."""
+    return bool(DEEPSPEED.of(parameter, "ds_pipe_replicated"))
+
+
+def count_on_every_rank(parameter: Tensor) -> None:
+    """Has DeepSpeed count a parameter in that norm on every rank, as a slice of a whole."""
+    setattr(parameter, "model_parallel", True)  # noqa: B010
 
 
 def divides_the_model(engine: Any) -> bool:
@@ -311,12 +310,6 @@ class SubGroups:
     def on_nvme(self, number: int) -> bool:
         """Whether a sub-group is moved out to NVMe between its steps."""
         return bool(DEEPSPEED.of(self._zero, "_swappable_optimizer_subgroup")(number))
-
-
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """A parameter's shape, also where stage 3 keeps a piece of it only."""
-    found: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return found
 
 
 def piece(parameter: Tensor) -> Tensor:

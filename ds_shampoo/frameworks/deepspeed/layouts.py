@@ -61,9 +61,6 @@ class EngineLayout(Layout):
     def device(self, parameter: Tensor) -> torch.device:
         return torch.device(self._present_engine().device)
 
-    def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        return tuple(internals.whole_shape(parameter))
-
     def name(self, name: str, parameter: Tensor) -> str:
         """Asks the `mpu`, where it knows (that of GPTPipeline does)."""
         engine = self._present_engine()

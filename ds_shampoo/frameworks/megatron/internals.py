@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ds_shampoo.frameworks.host import Host
-from ds_shampoo.frameworks.privates import Entry, Field, Function, Given, Key, Mark, Method, Private, resolve
+from ds_shampoo.frameworks.privates import Entry, Field, Function, Given, Mark, Method, Private, Quoted, resolve
 from ds_shampoo.parameters import marks
 
 _OPTIMIZERS = "megatron.core.optimizer"
@@ -41,7 +41,7 @@ _LAYER_WISE = "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributed
 NAMES: tuple[Private, ...] = (
     # How param groups are made of a model, and a key of each.
     Function(_OPTIMIZERS, "_get_param_groups", positional=3),
-    Key(f"{_OPTIMIZERS}._get_param_groups", "is_expert_parallel"),
+    Quoted(f"{_OPTIMIZERS}._get_param_groups", "is_expert_parallel"),
     # What wraps an inner optimizer: that one, what allocates its state, and whether it has no parameters on this rank.
     Given(_WRAPPER, "optimizer"),
     Given(_WRAPPER, "init_state_fn"),

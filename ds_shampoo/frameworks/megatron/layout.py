@@ -54,7 +54,6 @@ class MegatronLayout(Layout):
             known.chunk,
             known.local_name,
             parameter,
-            shape=self.shape(parameter),
             rank=dist.get_rank(self.slices),
             world_size=dist.get_world_size(self.slices),
         )

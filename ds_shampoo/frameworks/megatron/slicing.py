@@ -16,16 +16,14 @@ from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.frameworks.megatron import internals
+from ds_shampoo.parameters import marks
 
 
-def sections(
-    model: nn.Module, name: str, parameter: Tensor, *, shape: tuple[int, ...], rank: int, world_size: int
-) -> list[Section] | None:
+def sections(model: nn.Module, name: str, parameter: Tensor, *, rank: int, world_size: int) -> list[Section] | None:
     """The sections of the whole matrix, those of all tensor-parallel ranks.
 
     Args:
         model: the model that has the parameter under this name.
-        shape: the parameter's on this rank.
         rank, world_size: of this rank among the tensor-parallel ones.
 
     Returns:
@@ -34,7 +32,7 @@ def sections(
     Raises:
         ValueError: if a fused matrix does not fit the attention settings of its layer.
     """
-    module = _module_of(model, name)
+    shape, module = marks.whole_shape(parameter), _module_of(model, name)
     dim = _sliced_dim(module, parameter) if len(shape) == 2 else None
     if dim is None:
         return None

@@ -13,7 +13,6 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Section
-from ds_shampoo.frameworks.deepspeed.internals import whole_shape
 from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.frameworks.megatron_deepspeed.experts import register_experts
@@ -46,7 +45,6 @@ def shampoo_sections(model: nn.Module, name: str, parameter: Tensor) -> Sequence
         model,
         name,
         parameter,
-        shape=tuple(whole_shape(parameter)),
         rank=dist.get_rank(group),
         world_size=dist.get_world_size(group),
     )

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor, nn
 
 from ds_shampoo.config import SettingsError
+from ds_shampoo.frameworks.deepspeed.internals import count_on_every_rank, is_counted_elsewhere
 from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.megatron_deepspeed import mpu
@@ -108,7 +109,7 @@ class GPTPipeline(PipelineModule):  # type: ignore[misc]
         self._names = list(layers)
         self.sequence_parallel = bool(config.sequence_parallel)
         self.seed_layers = False  # or every forward pass would begin with a new seed
-        self._ranks = Ranks(self._grid)
+        self._ranks = Ranks(super().mpu())
         self._count_once()
 
     def mpu(self) -> Ranks:
@@ -142,12 +143,12 @@ class GPTPipeline(PipelineModule):  # type: ignore[misc]
 
         At stage 0 it takes what is marked as model-parallel, and of the rest what the first rank of all stages holds.
         """
-        first_slice = self._grid.get_slice_parallel_rank() == 0
+        first_slice = self._ranks.get_slice_parallel_rank() == 0
         for parameter in self.parameters():
-            if parameter.ds_pipe_replicated:  # another stage's copy of tied weights counts
+            if is_counted_elsewhere(parameter):
                 internals.unmark_slice(parameter)
             elif first_slice:
-                parameter.model_parallel = True
+                count_on_every_rank(parameter)
 
 
 class Ranks:
@@ -157,16 +158,16 @@ class Ranks:
     shampoo_prepare = staticmethod(mpu.shampoo_prepare)
 
     def __init__(self, grid: Any) -> None:
-        self._grid = grid
+        self._inner = grid
 
     def shampoo_name(self, model: NamesWholeModel, name: str) -> str:
         """A parameter's name among those of all stages."""
         return model.whole_model_name(name)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_grid":  # not there yet while a copy is made
+        if name == "_inner":  # not there yet while a copy is made
             raise AttributeError(name)
-        return getattr(self._grid, name)
+        return getattr(self._inner, name)
 
 
 class Embedding(LanguageModelEmbedding):  # type: ignore[misc]
