@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.state.commit import discard_former
 from ds_shampoo.state.files import INDEX, BlockReader, CheckpointError, write_file
 from ds_shampoo.state.index import ForeignFile, write_index
@@ -99,6 +100,28 @@ def sealed(index: dict[str, Any]) -> str:
 
 def test_what_was_written_comes_back(folder: Path) -> None:
     assert read_all(folder)["states"] == {name: plain(state) for name, state in STATES.items()}
+
+
+@pytest.mark.parametrize(
+    ("index", "origin", "shape", "preconditioned", "held"),
+    [
+        (1, (0, 24), (3, 4), (0, 1), True),
+        (1, (0, 12), (3, 4), (0, 1), False),
+        (1, (0, 24), (4, 3), (0, 1), False),
+        (1, (0, 24), (3, 4), (0,), False),  # as a LoRA factor, whose long side had one too
+        (2, (0, 48), (3, 4), (0, 1), False),
+    ],
+)
+def test_which_blocks_are_there(
+    folder: Path,
+    index: int,
+    origin: tuple[int, ...],
+    shape: tuple[int, ...],
+    preconditioned: tuple[int, ...],
+    held: bool,
+) -> None:
+    block = Block("a.weight", index, origin, shape, preconditioned, origin)
+    assert BlockReader(folder).holds(block) is held
 
 
 @pytest.fixture(scope="module")
