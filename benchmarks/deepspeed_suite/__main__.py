@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -107,4 +108,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is running is ended, and what is done is kept
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("deepspeed_suite: stopped; the same call goes on")

@@ -61,7 +61,11 @@ class Runner:
         select = ["-k", keyword] if keyword else []
         arguments = ["--collect-only", "--continue-on-collection-errors", "-q", *select, *files]
         with log.open("w") as output:
-            self._start(arguments, {plugin.COLLECTED: str(found)}, output).wait()
+            process = self._start(arguments, {plugin.COLLECTED: str(found)}, output)
+            try:
+                process.wait()
+            finally:
+                _kill(process)
         if not found.exists():
             raise RunError(f"pytest could not collect {' '.join(files)}:\n{_tail(log)}")
         collected = json.loads(found.read_text())
