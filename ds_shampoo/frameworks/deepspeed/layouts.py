@@ -51,9 +51,17 @@ class EngineLayout(Layout):
         self._proved: set[_Claim] = set()
 
     def in_training(self) -> bool:
-        """False until the engine has its optimizer: a wrapper may take a step on zero gradients to allocate state."""
+        """False until the engine has its optimizer: a wrapper may take a step on zero gradients to allocate state.
+
+        Raises:
+            RuntimeError: if there is no such engine any more, as after a failed `deepspeed.initialize`.
+        """
         engine = self._engine()
-        return engine is not None and engine.optimizer is not None
+        if engine is None:
+            raise RuntimeError(
+                "Shampoo was bound to a DeepSpeed engine that is gone, or was never finished: make a new optimizer"
+            )
+        return engine.optimizer is not None
 
     def is_of(self, engine: Any) -> bool:
         return self._engine() is engine
