@@ -99,7 +99,7 @@ def test_dtensor(pools: Pools, kind: str) -> None:
 def on_several_ranks(kind: str) -> list[str]:
     with Listener() as said:
         found: nn.Module = model()
-        params = list(found.parameters())
+        params: list[Any] = list(found.named_parameters() if kind == "unknown" else found.parameters())
         if kind != "plain":
             found = DistributedDataParallel(found)
         if kind == "more":
