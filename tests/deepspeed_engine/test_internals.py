@@ -20,7 +20,7 @@ from torch import nn
 
 import ds_shampoo
 from ds_shampoo import SettingsError
-from ds_shampoo.frameworks import host
+from ds_shampoo.frameworks import installed
 from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.internals import DEEPSPEED, NAMES, STOOD_IN_FOR, SubGroups
 from ds_shampoo.frameworks.deepspeed.support import refuse_unsupported
@@ -63,9 +63,9 @@ EXCEPTIONS = {
 @pytest.fixture(autouse=True)
 def unchecked() -> Iterator[None]:
     """As in a new process, and afterwards too."""
-    host._check.cache_clear()
+    installed._check.cache_clear()
     yield
-    host._check.cache_clear()
+    installed._check.cache_clear()
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_oldest_release(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refused_at_start(stage: int) -> str:
     """What `deepspeed.initialize` says with a method of stage 3's gone."""
-    host._check.cache_clear()
+    installed._check.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._swappable_optimizer_subgroup")
         try:

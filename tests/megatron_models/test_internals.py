@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ds_shampoo import SettingsError
-from ds_shampoo.frameworks import host
+from ds_shampoo.frameworks import installed
 from ds_shampoo.frameworks.megatron import internals
 from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.privates import Private
@@ -29,9 +29,9 @@ ELSEWHERE = {"optimizer", "sequence_parallel"}
 @pytest.fixture(autouse=True)
 def unchecked() -> Iterator[None]:
     """The check runs once per process: here it is to run again, and afterwards too."""
-    host._check.cache_clear()
+    installed._check.cache_clear()
     yield
-    host._check.cache_clear()
+    installed._check.cache_clear()
 
 
 def test_the_installed_release_has_all_of_it() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from ds_shampoo import Shampoo
 from ds_shampoo.algorithm.blocks import Section
 from ds_shampoo.config import SettingsError
-from ds_shampoo.sharding.partition import WholeLayout
+from ds_shampoo.sharding.layout import WholeLayout
 
 
 def model() -> nn.Module:
