@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ds_shampoo.frameworks.deepspeed.universal import to_universal
 from tests.distributed.jobs import engine_config
@@ -95,11 +96,19 @@ def test_it_resumes_bit_for_bit(pools: Pools, tmp_path: Path, tensor_parallel: i
         assert before.losses[7:] == after.losses
         assert all(np.array_equal(before.end[name], value) for name, value in after.end.items())
     if stage == 1:
+        assert replicated(tmp_path / f"global_step{saved['save_at']}") == [r"tied_modules\.embedding\."]
         to_universal(tmp_path)
         config = {**config_of(1, stage), "checkpoint": {"load_universal": True}}
         (alone,) = pools(1).run(pipeline_jobs.pipeline, config, 14, 1, 1, **saved, resume=True)
         assert alone.losses == pytest.approx(straight[0].losses[7:], rel=FP32)
         assert set(alone.preconditioned) == {name for r in straight for name in r.preconditioned}
+
+
+def replicated(folder: Path) -> list[str]:
+    """What a checkpoint says of parameters that several stages hold: their pieces are not to be joined."""
+    state = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
+    patterns: list[str] = state["universal_checkpoint_info"]["pipeline_replicated_parameter_patterns"]
+    return patterns
 
 
 def test_another_number_of_stages_is_refused(pools: Pools, tmp_path: Path) -> None:

@@ -146,9 +146,9 @@ def has_pipeline(engine: Any) -> bool:
     return bool(getattr(engine, "pipeline_parallelism", False))
 
 
-def has_tied_layers(engine: Any) -> bool:
-    """Whether this stage of a pipeline has a layer that another one has too."""
-    return bool(getattr(engine.module, "tied_modules", None))
+def tied_layers(engine: Any) -> Sequence[str]:
+    """The layers of this stage of a pipeline that another one has too, by their names in `tied_modules`."""
+    return list(getattr(engine.module, "tied_modules", None) or ())
 
 
 def sequence_parallel_size(engine: Any) -> int:

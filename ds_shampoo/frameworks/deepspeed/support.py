@@ -44,7 +44,7 @@ def refuse_factors_of_tied_layers(engine: Any, groups: Iterable[Mapping[str, Any
     Raises:
         SettingsError: naming the setting.
     """
-    if not internals.has_tied_layers(engine):
+    if not internals.tied_layers(engine):
         return
     for group in groups:
         if group["embedding"] != "diagonal":
