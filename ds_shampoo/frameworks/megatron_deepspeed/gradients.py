@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ds_shampoo.frameworks.megatron import internals
 
-# On a parameter whose gradient is summed already.
-_MARK = "ds_shampoo_sums_gradient"
+# The parameters whose gradients are summed already.
+_summed = WeakTensorKeyDictionary()
 
 
 def reduce_sequence_parallel_gradients(model: nn.Module) -> int:
@@ -34,7 +35,7 @@ def reduce_sequence_parallel_gradients(model: nn.Module) -> int:
         return total
 
     for parameter in partial:
-        if not hasattr(parameter, _MARK):
+        if parameter not in _summed:
             parameter.register_hook(summed)  # type: ignore[no-untyped-call]
-            setattr(parameter, _MARK, True)
+            _summed[parameter] = True
     return len(partial)
