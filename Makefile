@@ -49,7 +49,7 @@ pretrain: setup unlock  ## pretrain a GPT through the deepspeed launcher; call a
 
 test: $(DONE)/ops unlock  ## the tests; leaves coverage data for `make coverage`
 	rm -f .coverage .coverage.*
-	$(ACTIVATE) coverage run -m pytest
+	$(ACTIVATE) coverage run -m pytest --ignore tests/trainers
 	$(ACTIVATE) coverage combine --quiet
 
 trainers-test: $(DONE)/trainers unlock  ## the examples and the tests of trainers, with Hugging Face's and Lightning's libraries
