@@ -30,9 +30,12 @@ endif
 
 FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
+# Folders whose tests start several ranks.
+RANKS := tests/distributed tests/megatron_models
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test trainers-test coverage lint wheel-test corpora evidence clean unlock
+.PHONY: help setup pretrain test test-ranks test-rest trainers-test coverage lint wheel-test corpora evidence clean unlock
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -47,10 +50,16 @@ pretrain: setup unlock  ## pretrain a GPT through the deepspeed launcher; call a
 		launch/pretrain_gpt.py --deepspeed_config $(CONFIG) --name $(NAME) \
 		$(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) $(if $(DATA),--data $(DATA))
 
-test: $(DONE)/ops unlock  ## the tests; leaves coverage data for `make coverage`
+test: $(DONE)/ops unlock  ## the tests, in two lanes beside each other; leaves coverage data for `make coverage`
 	rm -f .coverage .coverage.*
-	$(ACTIVATE) coverage run -m pytest --ignore tests/trainers
+	$(MAKE) --jobs 2 --keep-going --no-print-directory test-ranks test-rest
 	$(ACTIVATE) coverage combine --quiet
+
+test-ranks:
+	$(ACTIVATE) coverage run -m pytest $(RANKS)
+
+test-rest:
+	$(ACTIVATE) coverage run -m pytest tests $(RANKS:%=--ignore %) --ignore tests/trainers
 
 trainers-test: $(DONE)/trainers unlock  ## the examples and the tests of trainers, with Hugging Face's and Lightning's libraries
 	$(ACTIVATE) HF_HUB_OFFLINE=1 python -m pytest tests/trainers

@@ -155,7 +155,8 @@ class Shampoo(StatefulOptimizer):
             unbound.add(self)
         if layout is None and waits_to_be_bound():
             return
-        device = self._take_up()
+        parameters.check_patterns(subgroups.logical)
+        device = _take_up(subgroups)
         if device.type != "meta" and not self.layout.keeps_blocks_apart:
             self._all_bound()  # torch's tools look at the state before the first step
 
@@ -183,25 +184,14 @@ class Shampoo(StatefulOptimizer):
             records=self._records,
             names=self._given_names,
         )
+        _take_up(subgroups)
         self._use(parameters, subgroups, records)
         self.state.clear()
         unbound.discard(self)
-        self._take_up()
 
     def _use(self, parameters: Parameters, subgroups: Subgroups, records: GroupRecords) -> None:
         super()._use(parameters, subgroups, records)
         self._announcement = Announcement(subgroups, parameters)
-
-    def _take_up(self) -> torch.device:
-        """What is done once the first param groups are there; returns the device that their blocks are on."""
-        self._parameters.check_patterns(self._subgroups.logical)
-        self._subgroups.give_turns()
-        members = [parameter for group in self._subgroups.logical for parameter in group]
-        first = max(members, key=lambda parameter: parameter.tensor.requires_grad, default=None)
-        device = self.layout.device(first.tensor) if first is not None else torch.device("cpu")
-        if device.type != "meta":
-            self._subgroups.workplace(device)
-        return device
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
@@ -327,3 +317,14 @@ class Shampoo(StatefulOptimizer):
     @property
     def _groups(self) -> dict[int, ShardedGroup]:
         return dict(enumerate(self._subgroups.groups))
+
+
+def _take_up(subgroups: Subgroups) -> torch.device:
+    """What is done once the first param groups are there; returns the device that their blocks are on."""
+    subgroups.give_turns()
+    members = [parameter for group in subgroups.logical for parameter in group]
+    first = max(members, key=lambda parameter: parameter.tensor.requires_grad, default=None)
+    device = subgroups.layout.device(first.tensor) if first is not None else torch.device("cpu")
+    if device.type != "meta":
+        subgroups.workplace(device)
+    return device

@@ -34,7 +34,6 @@ _GATED = {
 _SURELY_GATED = frozenset({"gate_up_proj"})
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-_GROUPS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 _HEAD_SIZE = ("head_dim", "head_size", "attention_head_size")
 
 
@@ -103,7 +102,7 @@ class _Layers:
         path = _layer_path(name)
         holder, _, layer = path.rpartition(".")
         following = self.dims.get(f"{holder}.{_GATED[layer]}".lstrip("."), ()) if layer in _GATED else ()
-        if factor is not None and following:  # it has its layer's outputs, and other inputs
+        if factor is not None:  # it has its layer's outputs, and other inputs
             columns = next((dim for dim in self.dims.get(path, ()) if dim != rows), columns)
         own = _divided(
             _Layer(
@@ -184,9 +183,9 @@ def _attention(layer: _Layer, length: int) -> tuple[int, ...]:
     slices = _number(around, ("mp_num",))
     if slices:  # CodeGen's, as its first training sliced it
         return (length // (3 * slices),) * (3 * slices)
-    heads = _query_heads(around, length)
+    inputs = layer.dims[1 - int(layer.by_columns)]
+    heads = _query_heads(around, length, inputs)
     if heads is None:
-        inputs = layer.dims[1 - int(layer.by_columns)]
         return (inputs,) * 3 if length == 3 * inputs and layer.name != "query_key_value" else ()
     queries, groups, size = heads
     if _head_by_head(layer):
@@ -194,17 +193,21 @@ def _attention(layer: _Layer, length: int) -> tuple[int, ...]:
     return queries * size, groups * size, groups * size
 
 
-def _query_heads(around: nn.Module | None, length: int) -> tuple[int, int, int] | None:
-    """The number of query heads and of query groups, each with a head of keys and one of values, and a head's size."""
-    heads, size, groups = _number(around, _HEADS), _number(around, _HEAD_SIZE), _number(around, _GROUPS)
+def _query_heads(around: nn.Module | None, length: int, inputs: int) -> tuple[int, int, int] | None:
+    """The number of query heads and of query groups, each with a head of keys and one of values, and a head's size.
+
+    Where no size is told, queries are taken to have as many numbers as the layer has inputs, as they do in models that
+    tell none. What is left of the outputs tells the number of groups, whatever the module calls it.
+    """
+    heads, size = _number(around, _HEADS), _number(around, _HEAD_SIZE)
     if not heads:
         return None
-    if size and length > heads * size and (length - heads * size) % (2 * size) == 0:
-        groups = (length - heads * size) // (2 * size)
-    else:
-        groups = groups or heads
-        size = length // (heads + 2 * groups)
-    return (heads, groups, size) if heads % groups == 0 and (heads + 2 * groups) * size == length else None
+    if not size:
+        size, odd = divmod(inputs, heads)
+        if odd:
+            return None
+    groups, odd = divmod(length - heads * size, 2 * size)
+    return (heads, groups, size) if groups > 0 and not odd and heads % groups == 0 else None
 
 
 def _head_by_head(layer: _Layer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ _Said = TypeVar("_Said")
 
 # What DistributedDataParallel calls the module that it wraps.
 _WRAPPED = "module."
+# In so many steps a gradient of zeros is looked at again: LoRA's, say, begin with one.
+_ZEROS = 10
 # Integers of a float's size, by bytes.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -92,11 +95,11 @@ class DataParallelLayout(WholeLayout):
         """`wrapped` are the DistributedDataParallel modules by their paths in the model, all of one process group."""
         self._wrapped, self._group = tuple(wrapped.values()), group
         self._names = _unwrapped_names(model, wrapped)
-        averaged = [p for ddp in self._wrapped for p in _averaged(ddp)]
-        self._averaged = {id(p) for p in averaged}
-        # A wrapper averages what was trained when it was made; what was frozen then is looked at when it is trained.
-        self._frozen = {id(p) for p in averaged if not p.requires_grad}
+        self._averaged = {id(p) for ddp in self._wrapped for p in _averaged(ddp)}
         self._seen: set[str] = set()
+        # Those whose gradients have not been compared yet, and how often there was nothing but zeros to compare.
+        self._uncompared: dict[str, Tensor] = {}
+        self._zeros: Counter[str] = Counter()
 
     def averages(self, tensor: Tensor) -> bool:
         """Whether the wrapper makes a parameter's gradients the same on all ranks."""
@@ -149,6 +152,28 @@ class DataParallelLayout(WholeLayout):
             if problem:
                 raise SettingsError(f"rank {rank} of the DistributedDataParallel module refused: {problem}")
 
+    def check_gradients(self) -> None:
+        """Compares every parameter's first gradient that is not zero over the ranks, on all of them at once.
+
+        A wrapper averages the gradients of what was trained when it was made, and no others.
+
+        Raises:
+            RuntimeError: on all ranks, naming the first that differs.
+        """
+        own = {name: parameter.grad for name, parameter in self._uncompared.items() if parameter.requires_grad}
+        if not any(gradient is not None and gradient.layout == torch.strided for gradient in own.values()):
+            return
+        sums = _check_equal(
+            {name: (self._uncompared[name], gradient) for name, gradient in own.items()},
+            "has other gradients on some ranks: DistributedDataParallel averages what was trained when it was made, "
+            "and nothing else; make it anew after every change of requires_grad",
+            self._group,
+        )
+        for name, total in sums.items():
+            self._zeros[name] += total == 0 and own[name] is not None
+            if total or self._zeros[name] == _ZEROS:
+                del self._uncompared[name]
+
     def partition(self, members: Sequence[LogicalParameter], stand_ins: Sequence[Tensor]) -> Partition:
         super().partition(members, stand_ins)
         for parameter in members:
@@ -164,13 +189,8 @@ class DataParallelLayout(WholeLayout):
             "on all ranks alike, or before that",
             self._group,
         )
-        _check_equal(
-            {p.name: (p.tensor, p.tensor.grad) for p in new if id(p.tensor) in self._frozen},
-            "has other gradients on some ranks: it was frozen when DistributedDataParallel was made, which averages "
-            "what was trained then, and nothing else; make it anew after every change of requires_grad",
-            self._group,
-        )
         self._seen |= {p.name for p in new}
+        self._uncompared.update({p.name: p.tensor for p in new})
         return replicated(members, self._group, missing_alike=True)
 
 
@@ -202,20 +222,27 @@ def _tensors(params: Any) -> Iterator[Tensor]:
             yield member
 
 
-def _check_equal(tensors: Mapping[str, tuple[Tensor, Tensor | None]], what: str, group: dist.ProcessGroup) -> None:
-    """Compares tensors over the ranks by sums of their bits; once, when blocks are built.
+def _check_equal(
+    tensors: Mapping[str, tuple[Tensor, Tensor | None]], what: str, group: dist.ProcessGroup
+) -> dict[str, int]:
+    """Compares tensors over the ranks by sums of their bits.
 
     Args:
         tensors: by name, each parameter and what is compared of it, nothing where it has none.
+
+    Returns:
+        The sums: 0 for nothing, and for zeros alone.
 
     Raises:
         RuntimeError: on all ranks, naming the first that differs.
     """
     if not tensors:
-        return
+        return {}
     sums = torch.stack(
         [
-            torch.zeros((), dtype=torch.int64, device=parameter.device) if tensor is None else _bits(tensor)
+            torch.zeros((), dtype=torch.int64, device=parameter.device)
+            if tensor is None or tensor.layout != torch.strided
+            else _bits(tensor)
             for parameter, tensor in tensors.values()
         ]
     )
@@ -224,6 +251,7 @@ def _check_equal(tensors: Mapping[str, tuple[Tensor, Tensor | None]], what: str,
     for name, differs in zip(tensors, (extremes[0] != -extremes[1]).tolist(), strict=True):
         if differs:
             raise RuntimeError(f"parameter '{name}' {what}")
+    return dict(zip(tensors, sums.tolist(), strict=True))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -46,10 +46,11 @@ def overruled(config: ShampooConfig, parameter: Named, found: Kind) -> Kind:
     dims = _first_match(config.batch_dims, parameter.names)
     if role is not None:
         found = replace(found, role=ROLES[role])
-    if role == "lora" and found.rank_dim is None and len(parameter.shape) > 1:  # of a kind that its name does not tell
-        found = replace(found, rank_dim=0 if parameter.shape[0] <= math.prod(parameter.shape[1:]) else -1)
     if dims is not None:
         found = replace(found, batch=math.prod(parameter.shape[:dims]))
+    if role == "lora" and found.rank_dim is None and len(parameter.shape) > 1:  # of a kind that its name does not tell
+        rows, *columns = matrix_dims(parameter.shape, found.batch)
+        found = replace(found, rank_dim=0 if rows <= math.prod(columns) else -1)
     return found
 
 

@@ -141,8 +141,7 @@ class Parameters:
             return
         named = patterns.named(self.model, groups, self.layout)
         patterns.check(self._config, named, self.layout.over_ranks)
-        misfits, self._misfits = self._misfits or [], None
         if self._config.fused_parts:
-            for misfit in self.layout.over_ranks(misfits):
+            for misfit in self.layout.over_ranks(self._misfits or []):
                 raise SettingsError(misfit)
-        self._patterns_hold = True
+        self._misfits, self._patterns_hold = None, True

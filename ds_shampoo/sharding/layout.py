@@ -41,6 +41,13 @@ class Layout(ABC):
     def check_step(self) -> None:  # noqa: B027  # one process takes every step
         """Refuses a step that the ranks can't take together; before anything of it."""
 
+    def check_gradients(self) -> None:  # noqa: B027  # ranks that share nothing have nothing to compare
+        """Refuses gradients that are not what they should be, once blocks are built and before a step takes them.
+
+        Raises:
+            RuntimeError: naming the parameter.
+        """
+
     def check_alike(self, own: Mapping[str, object]) -> None:  # noqa: B027  # and is like itself
         """Holds what has to be the same on all ranks against the other ranks'; all ranks ask at once."""
 

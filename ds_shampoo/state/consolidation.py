@@ -33,8 +33,8 @@ class Consolidation:
         self._of: list[ShardedGroup] = []
 
     def forget(self) -> None:
-        """The blocks have changed."""
-        self._blocks = None
+        """The blocks have changed, or there are others."""
+        self._blocks, self._of = None, []
 
     def gather(self, subgroups: Sequence[BoundSubgroup], to: int | None) -> None:
         """Gathers the blocks of all ranks, one rank's of one parameter after another; all ranks call this at once.
@@ -47,6 +47,8 @@ class Consolidation:
         """
         self.forget()
         shares = list(_shares(subgroups))
+        if not shares:
+            return
         ranks = {share.subgroup.sharded.table.partition.world_size for share in shares}
         if to is not None and not all(0 <= to < world_size for world_size in ranks):
             raise ValueError(f"consolidate_state_dict(to={to!r}): must be a rank from 0 to {max(ranks) - 1}, or None")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.config import GroupSettings, SettingsError
 from ds_shampoo.sharding.partition import LogicalParameter
 from ds_shampoo.sharding.table import cut_all
@@ -175,7 +177,7 @@ def check_blocks(
             for block in cut_all([parameter], settings):
                 count += 1
                 if str(block.index) in found:
-                    check(block, found[str(block.index)])
+                    _check_block(block, found[str(block.index)], parameter)
                 else:
                     missing.append(str(block))
     if missing:
@@ -183,6 +185,25 @@ def check_blocks(
             f"the checkpoint lacks the factors of {len(missing)} of this rank's {count} blocks, {missing[0]} first: it "
             "was saved by another world size or another model"
         )
+
+
+def _check_block(block: Block, found: Mapping[str, Any], parameter: LogicalParameter) -> None:
+    """As `nested.check`; of what was one matrix once, and is cut otherwise since, it names the setting that cuts it so.
+
+    Raises:
+        SettingsError: if the block can't have this state.
+    """
+    try:
+        check(block, found)
+    except SettingsError as error:
+        if parameter.parts is None and parameter.role is not Role.LORA:
+            raise
+        setting = (
+            f'roles = {{"{parameter.name}": "weight"}}'
+            if parameter.parts is None
+            else f'fused_parts = {{"{parameter.name}": 1}}'
+        )
+        raise SettingsError(f"{error} If it was saved when this was one matrix, set {setting}") from error
 
 
 def parameters_with_blocks(

@@ -175,6 +175,7 @@ class StatefulOptimizer(Optimizer):
             self._parameters.look_again(self._subgroups.logical)
             taking_part = [group for group in self.param_groups if self._subgroups.takes_part(group)]
             bound = [subgroup for group in taking_part for subgroup in self._bound(group, group["params"])]
+            self.layout.check_gradients()
             for subgroup in bound:
                 subgroup.sharded.prepare(subgroup.stand_ins, subgroup.states, subgroup.settings)
         except BaseException as error:
@@ -230,6 +231,7 @@ class StatefulOptimizer(Optimizer):
         """What torch's loading leaves to do, before others' hooks see the result."""
         resuming.restore_exactly(self.state, loaded, self.param_groups)
         self._records.forget()
+        self._consolidation.forget()
         if not self.layout.keeps_blocks_apart:
             self._rounds.forget()
             self._shown.clear()

@@ -16,12 +16,13 @@ class Rounds:
     def __init__(self, subgroups: Subgroups) -> None:
         self._subgroups = subgroups
         self._stepped: set[ShardedGroup] = set()
+        self._expected = 0  # in the present step
         self._warned = False
 
     @property
     def complete(self) -> bool:
         """Whether everything has taken the step."""
-        return len(self._stepped) == self._subgroups.expected()
+        return bool(self._stepped) and len(self._stepped) == self._expected
 
     @property
     def under_way(self) -> bool:
@@ -41,9 +42,10 @@ class Rounds:
             logger.warning(
                 "a step began before all param groups had taken the last one (%d of %d parts had): if it was "
                 "interrupted, load a checkpoint",
-                len(self._stepped), self._subgroups.expected(),
+                len(self._stepped), self._expected,
             )  # fmt: skip
         self._stepped.clear()
+        self._expected = self._subgroups.expected()
         for workplace in self._subgroups.workplaces:
             workplace.service.begin_step()
 

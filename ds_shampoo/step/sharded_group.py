@@ -224,12 +224,15 @@ class ShardedGroup:
         ]
         if not self._waited_for and not any(tensors):
             return None
-        blank = [torch.zeros(0, dtype=torch.float32, device=self.device)] * len(stand_ins)
-        if self.plan.moves and None in tensors:  # frozen: others expect its pieces, and pass them over
-            blank = [torch.zeros(param.numel(), dtype=torch.float32, device=self.device) for param in stand_ins]
+        blank: list[Tensor | None] = [None] * len(stand_ins)
+        if self.plan.moves:  # others expect the pieces of what takes no part, and pass them over
+            blank = [
+                torch.zeros(param.numel(), dtype=torch.float32, device=self.device) if tensor is None else None
+                for param, tensor in zip(stand_ins, tensors, strict=True)
+            ]
         elementwise = ElementwiseStep([tensor for tensor in tensors if tensor is not None], settings)
         workspace = self._workspace() if self.table.blocks else None
-        return StepWork(settings, tensors, blank if self.plan.moves else None, elementwise, workspace, self.device)
+        return StepWork(settings, tensors, blank, elementwise, workspace, self.device)
 
     def _filter_and_graft(self, work: StepWork) -> None:
         """Moments, what is to be preconditioned, and the grafting method's own step for it."""

@@ -20,7 +20,7 @@ class StepWork:
     Attributes:
         settings: the param group's.
         tensors: by stand-in, its elementwise step; None for one that takes no part.
-        blank: by stand-in, [numel] fp32, what others get of one that takes no part; None where nobody expects anything.
+        blank: by stand-in, [numel] fp32, what others get of one that takes no part; None where nobody expects that.
         elementwise: the step of all that take part.
         workspace: two tensors [n, *shape] per stack of blocks; None where no rank has blocks.
         device: that of the blocks; the tensors may lie on the host (ZeRO-Offload).
@@ -28,7 +28,7 @@ class StepWork:
 
     settings: GroupSettings
     tensors: Sequence[TensorStep | None]
-    blank: Sequence[Tensor] | None
+    blank: Sequence[Tensor | None]
     elementwise: ElementwiseStep
     workspace: tuple[list[Tensor], list[Tensor]] | None
     device: torch.device
@@ -70,10 +70,9 @@ class StepWork:
             waited_for_later: the step brings something back afterwards, for which the host waits. Otherwise it waits
                 here: the device reads pinned memory, which the host may write to when the step is over.
         """
-        blank: Sequence[Tensor | None] = self.blank if self.blank is not None else [None] * len(self.tensors)
         return [
             own if tensor is None else self._stage(getattr(tensor, name), waited_for_later)
-            for tensor, own in zip(self.tensors, blank, strict=True)
+            for tensor, own in zip(self.tensors, self.blank, strict=True)
         ]
 
     def returned(self, staged: Sequence[Tensor | None]) -> list[Tensor]:

@@ -79,6 +79,9 @@ EXPERT_COLUMNS = {"gate_up_proj": stack(3, WIDTH, 48), "down_proj": stack(3, 24,
         ({"query_key_value": linear(32)}, {**OF_HEADS, "num_kv_heads": 2}, Parts(0, (8, 4, 4) * 2)),  # Falcon
         ({"query_key_value": linear(24)}, {**OF_HEADS, "num_kv_heads": 4}, Parts(0, (16, 4, 4))),
         ({"query_key_value": linear(48)}, {}, None),
+        ({"qkv_proj": linear(32)}, {"num_heads": HEADS}, GROUPED),  # groups by a name that nobody knows
+        ({"query_key_value": linear(24)}, {"num_heads": HEADS, "multi_query_group_num": 1}, Parts(0, (16, 4, 4))),
+        ({"query_key_value": linear(44)}, {"num_heads": HEADS}, None),
         ({"in_proj": linear(48)}, {"all_head_size": 16, "num_attention_heads": 4}, BY_HEAD),  # DeBERTa
         ({"qkv": linear(48)}, {"heads": HEADS}, Parts(0, EACH)),
         ({"qkv": linear(48)}, {}, Parts(0, EACH)),
@@ -266,5 +269,5 @@ def test_a_checkpoint_of_other_parts_is_refused() -> None:
     former.step()
     present = Shampoo(named, root_overlap=False)
     assert "3 of 16 x 16" in present.describe()
-    with pytest.raises(ValueError, match=r"qkv.weight\[0\]|qkv.weight"):
+    with pytest.raises(ValueError, match=r'qkv.weight\[0\].* set fused_parts = {"qkv.weight": 1}'):
         present.load_state_dict(former.state_dict())

@@ -188,3 +188,27 @@ def test_patterns_of_what_is_made_to_be_bound_are_checked_at_the_first_step() ->
     for _ in range(2):
         with pytest.raises(SettingsError, match="has the pattern 'head\\*', which matches no parameter"):
             optimizer.step()
+
+
+def test_parts_of_what_is_made_to_be_bound_are_checked_at_every_first_step() -> None:
+    model = nn.Linear(6, 6)
+    with to_be_bound():
+        optimizer = Shampoo(model.named_parameters(), fused_parts={"weight": 5})
+    for _ in range(2):
+        with pytest.raises(SettingsError, match="'fused_parts' says 5 of 'weight'"):
+            optimizer.step()
+
+
+def test_what_the_json_refuses_has_its_name(pools: Pools) -> None:
+    (message,) = pools(1).run(binding_jobs.refused_by_json, engine_config(SHAMPOO, 0, 1))
+    assert "can't train parameter 'inner.odd', which is torch.complex64" in message
+
+
+def test_a_group_that_is_added_between_steps_begins_no_step(pools: Pools) -> None:
+    ((between, warnings, first, second),) = pools(1).run(binding_jobs.added_between_steps, engine_config({}, 0, 1))
+    assert between
+    assert not warnings
+    assert first.startswith(
+        "Shampoo setting 'betas[0]' = 2.0"
+    )  # a wrong setting is refused, and nothing is broken by that
+    assert second == ""

@@ -212,6 +212,45 @@ def message(job: Callable[..., Any], *arguments: Any, **named: Any) -> str:
     return ""
 
 
+def added_between_steps(config: dict[str, Any]) -> tuple[bool, list[str], str, str]:
+    """A param group comes late, and with it a wrong setting for one step."""
+    import deepspeed
+
+    model = build_model()
+    config = {**copy.deepcopy(config), **NEEDED}
+    del config["optimizer"]
+    (first, *others) = model.parameters()
+    shampoo = Shampoo(others, **jobs.SHAMPOO)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=shampoo, config=config)
+    with Listener() as said:
+        train(engine, 0, 2)
+        shampoo.add_param_group({"params": [first]})
+        between, betas, outcomes = shampoo.between_steps, shampoo.param_groups[0]["betas"], []
+        for wrong in (True, False):
+            shampoo.param_groups[0]["betas"] = (2.0, 0.9) if wrong else betas
+            try:
+                train(engine, 2, 1)
+            except Exception as error:
+                outcomes.append(str(error))
+            else:
+                outcomes.append("")
+    return between, [line for line in said if "began before" in line], outcomes[0], outcomes[1]
+
+
+def refused_by_json(config: dict[str, Any]) -> str:
+    """What the config's optimizer says of a parameter that can't be trained."""
+    import deepspeed
+
+    model = build_model()
+    model.inner = nn.Module()
+    model.inner.odd = nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))
+    try:
+        deepspeed.initialize(model=model, config={**copy.deepcopy(config), **NEEDED})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def refused(config: dict[str, Any], kind: str) -> str:
     """What an object is refused with that is not as it was made."""
     import deepspeed

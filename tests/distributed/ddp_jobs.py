@@ -364,6 +364,24 @@ def unfrozen_without_a_new_wrapper(settings: dict[str, Any]) -> str:
     return ""
 
 
+def unfrozen_unseen(settings: dict[str, Any], before: bool) -> str:
+    """A branch that the wrapper found frozen is trained from before the optimizer, or its blocks, were made."""
+    inner = Branches()
+    inner.branch.requires_grad_(False)
+    model = DistributedDataParallel(inner)
+    inner.branch.requires_grad_(before)
+    optimizer = Shampoo(model.parameters(), model=model, **settings)
+    inner.branch.requires_grad_(True)
+    optimizer.prepare()
+    branch_loss(model, 0, True, dist.get_rank(), dist.get_world_size()).backward()
+    start = flat(inner)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error) if np.array_equal(start, flat(inner)) else "it was stepped"
+    return ""
+
+
 def closures(steps: int, settings: dict[str, Any]) -> tuple[np.ndarray, list[float]]:
     wrapped, optimizer = made(settings)
     losses = []

@@ -97,6 +97,12 @@ def test_an_unfrozen_layer_that_ddp_does_not_average_is_refused(pools: Pools) ->
         assert message.startswith("parameter 'branch.weight' has other gradients on some ranks")
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_gradients_that_ddp_does_not_average_are_refused_at_the_first_step(pools: Pools, before: bool) -> None:
+    for message in pools(2).run(ddp_jobs.unfrozen_unseen, ddp_jobs.BRANCH_SETTINGS, before):
+        assert message.startswith("parameter 'branch.weight' has other gradients on some ranks")
+
+
 def test_a_wrapper_within_a_module(pools: Pools) -> None:
     (first, owned, names), (second, others, _) = pools(2).run(ddp_jobs.nested, 6, ddp_jobs.BRANCH_SETTINGS)
     assert np.array_equal(first, second)

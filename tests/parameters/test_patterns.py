@@ -55,6 +55,13 @@ def test_batch_dims() -> None:
     assert "3 of 5 x 4" in line("kernels.0", batch_dims={"kernels.*": 1})
 
 
+def test_the_rank_of_stacked_factors() -> None:
+    found = nn.ParameterDict({"stacked": torch.zeros(4, 256, 8)})
+    settings = {"roles": {"stacked": "lora"}, "batch_dims": {"stacked": 1}}
+    (bound,) = Shampoo(found.named_parameters(), **settings).subgroups()
+    assert {owned.block.factor_dims for owned in bound.sharded.owned_blocks} == {(8,)}
+
+
 def test_fused_parts() -> None:
     assert "2 of 3 x 6" in line("first.weight", fused_parts={"first.weight": 2})
     assert "6 x 6 (2 parts)" in line("first.weight", fused_parts={"first.weight": 2})

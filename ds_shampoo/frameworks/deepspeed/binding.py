@@ -130,11 +130,11 @@ def _put_floats_first(parameters: list[Tensor]) -> None:
 
 def _say_which_optimizer_holds(engine: Any) -> None:
     """Logs a warning, on the first rank, where one was passed and the config names another; one is Shampoo."""
-    section = config_of(engine).get("optimizer")
-    if internals.given_optimizer(engine) is None or not isinstance(section, Mapping) or engine.global_rank:
+    section, optimizer = config_of(engine).get("optimizer"), internals.inner_optimizer(engine)
+    if not isinstance(section, Mapping) or engine.global_rank:
         return
-    optimizer = internals.inner_optimizer(engine)
-    if isinstance(optimizer, Shampoo) or section.get("type") == TYPE:
+    concerned = isinstance(optimizer, Shampoo) or section.get("type") == TYPE
+    if concerned and internals.given_optimizer(engine) is not None:
         log_to_stdout()
         logger.warning(
             'optimizer = {"type": "%s", ...} in the config does not hold: the engine trains with the %s that was '

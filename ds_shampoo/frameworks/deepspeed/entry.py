@@ -69,7 +69,7 @@ def from_json(params: Iterable[Tensor] | Iterable[dict[str, Any]], **settings: A
     say_whose_betas(settings)
     binding.prepare(engine)
     with to_be_bound():
-        optimizer = Shampoo(adopt(engine, params), **settings)
+        optimizer = Shampoo(adopt(engine, params), **settings, model=engine.module)  # for names in what it raises
     binding.take_on(engine, optimizer)
     return optimizer
 
@@ -82,7 +82,8 @@ def initialize(
     Takes and returns what `deepspeed.initialize` does. Where the config's optimizer is Shampoo, or `optimizer` is a
     Shampoo object, its settings are checked before anything starts, and `zero_allow_untested_optimizer` and
     `zero_force_ds_cpu_optimizer` are set (in a copy). Where `optimizer` is a callable they hold for the engine if it
-    gives a Shampoo. Any other optimizer passes through untouched. A GPTPipeline sets what it needs itself.
+    gives a Shampoo. Any other optimizer passes through untouched; for a callable, which may give anything,
+    experts are made known to DeepSpeed, or refused, all the same. A GPTPipeline sets what it needs itself.
 
     Raises:
         SettingsError: as `from_json`, and as `Shampoo.bind` for an object or what a callable gives.
