@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,3 +116,10 @@ def test_by_import_alone(pools: Pools) -> None:
     ((refused, said),) = pools(1).run(by_import, {"zero_force_ds_cpu_optimizer": True}, {"legacy_fusion": False})
     assert not refused
     assert any("zero_force_ds_cpu_optimizer = True in the config does not hold" in line for line in said)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"optimizer": {"type": "Shampoo", "params": {"lr": 0.1, "lr": 0.2}}}')
+    with pytest.raises(SettingsError, match="more than one 'lr' in one object"):
+        ds_shampoo.initialize(model=build_model(), config=str(path))

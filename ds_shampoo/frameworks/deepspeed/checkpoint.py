@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,35 +20,11 @@ def attach(engine: Any, optimizer: Shampoo) -> None:
     Both keep DeepSpeed's arguments and results. Only the one engine changes, and no file of DeepSpeed's.
     """
     accumulation = Accumulation(engine, optimizer)
-    _name_tied_layers(engine)
+    internals.tell_of_tied_layers(engine)
     internals.take_over_checkpoints(
         engine,
         saving=lambda deepspeeds: _saving(engine, optimizer, accumulation, deepspeeds),
         loading=lambda deepspeeds: _loading(engine, optimizer, accumulation, deepspeeds),
-    )
-
-
-def _name_tied_layers(engine: Any) -> None:
-    """Has a pipeline's checkpoints say which of the first stage's parameters later stages hold copies of.
-
-    DeepSpeed's converter to the universal form joins the pieces of all stages, unless the first stage's file says so.
-    It takes the saying from an attribute of the module.
-    """
-    from deepspeed.checkpoint import constants
-
-    tied = internals.tied_layers(engine)
-    if not tied:
-        return
-    told = getattr(engine.module, constants.UNIVERSAL_CHECKPOINT_INFO, None) or {
-        constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE
-    }
-    known = told.get(constants.PIPELINE_REPLICATED_PARAMETER_PATTERNS, ())
-    ours = [rf"tied_modules\.{re.escape(name)}\." for name in tied]
-    patterns = [*known, *(pattern for pattern in ours if pattern not in known)]
-    setattr(
-        engine.module,
-        constants.UNIVERSAL_CHECKPOINT_INFO,
-        {**told, constants.PIPELINE_REPLICATED_PARAMETER_PATTERNS: patterns},
     )
 
 

@@ -25,6 +25,7 @@ from ds_shampoo.frameworks.deepspeed.section import (
     complete,
     complete_config_of,
     config_of,
+    distinct_keys,
     names_shampoo,
     say_what_does_not_hold,
     say_whose_betas,
@@ -140,8 +141,6 @@ def _as_dict(config: Any) -> dict[str, Any]:
     if not isinstance(config, str | os.PathLike):
         raise SettingsError(f"config = {config!r}: must be a dict or the path of a DeepSpeed JSON file")
     import hjson
-
-    from ds_shampoo.frameworks.deepspeed.internals import distinct_keys
 
     try:
         with Path(config).open() as file:

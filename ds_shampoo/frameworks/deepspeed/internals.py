@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -35,6 +36,7 @@ _LINKS = "deepspeed.utils.mixed_precision_linkage"
 _PIECES = "deepspeed.runtime.zero.partition_parameters.Init"
 _EXPERTS = "deepspeed.moe.experts.Experts"
 _GROUPS = "deepspeed.utils.groups"
+_CONSTANTS = "deepspeed.checkpoint.constants"
 
 # Every name, by whose it is.
 NAMES: tuple[Private, ...] = (
@@ -75,7 +77,9 @@ NAMES: tuple[Private, ...] = (
     *(Entry(_GROUPS, f"_EXPERT_{what}_GROUP", kind=dict) for what in ("PARALLEL", "DATA_PARALLEL")),
     Entry(_GROUPS, "_EXPERT_PARALLEL_GROUP_RANKS", kind=dict, since=(0, 17, 1)),
     Entry(_GROUPS, "_EXPERT_DATA_PARALLEL_GROUP_RANKS", kind=dict, since=(0, 17, 1)),
-    Entry("deepspeed.runtime.config_utils", "dict_raise_error_on_duplicate_keys"),
+    *(Entry(_CONSTANTS, name, kind=str) for name in ("UNIVERSAL_CHECKPOINT_INFO", "UNIVERSAL_CHECKPOINT_VERSION_KEY")),
+    Entry(_CONSTANTS, "PIPELINE_REPLICATED_PARAMETER_PATTERNS", kind=str),
+    Entry(_CONSTANTS, "UNIVERSAL_CHECKPOINT_VERSION_VALUE", kind=float),
 )
 
 # What is documented, or known by its use, but stood in for: with these arguments.
@@ -231,6 +235,21 @@ def writes_later(engine: Any) -> bool:
     return bool(ask()) if ask is not None else False
 
 
+def tell_of_tied_layers(engine: Any) -> None:
+    """Has a pipeline's checkpoints say which of the first stage's parameters later stages hold copies of.
+
+    The converter to the universal form joins the pieces of all stages, unless the first stage's file says so; what it
+    says is an attribute of the module.
+    """
+    from deepspeed.checkpoint import constants as keys
+
+    tied = [rf"tied_modules\.{re.escape(name)}\." for name in tied_layers(engine)]
+    if tied and not hasattr(engine.module, keys.UNIVERSAL_CHECKPOINT_INFO):
+        version = {keys.UNIVERSAL_CHECKPOINT_VERSION_KEY: keys.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        info = {**version, keys.PIPELINE_REPLICATED_PARAMETER_PATTERNS: tied}
+        setattr(engine.module, keys.UNIVERSAL_CHECKPOINT_INFO, info)
+
+
 @contextlib.contextmanager
 def writing_by(engine: Any, writer: Any, script: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Has an engine write its files by another writer, and copy its recovery script as `script` makes of its own way.
@@ -376,17 +395,3 @@ def enter_experts(parameters: Sequence[nn.Parameter], parallel: dist.ProcessGrou
     for parameter in parameters:
         setattr(parameter, "group_name", name)  # noqa: B010
     return name
-
-
-# The rest.
-
-
-def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON, as DeepSpeed reads its config.
-
-    Raises:
-        ValueError: if a key stands there twice.
-    """
-    from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
-
-    return dict(dict_raise_error_on_duplicate_keys(pairs))

@@ -6,7 +6,8 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -119,6 +120,19 @@ def say_whose_betas(settings: Mapping[str, Any]) -> None:
             list(own),
             *own,
         )
+
+
+def distinct_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON; the last of two equal keys would hold without a word.
+
+    Raises:
+        SettingsError: naming the keys that stand there twice.
+    """
+    pairs = list(pairs)
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise SettingsError(f"the DeepSpeed config has more than one {', '.join(map(repr, twice))} in one object")
+    return dict(pairs)
 
 
 def config_of(engine: Any) -> Mapping[str, Any]:
