@@ -135,7 +135,7 @@ def test_other_parameters_are_refused(monkeypatch: pytest.MonkeyPatch, name: Pri
 @pytest.mark.parametrize("name", ENTRIES, ids=str)
 def test_another_type_is_refused(monkeypatch: pytest.MonkeyPatch, name: Entry) -> None:
     monkeypatch.setattr(resolve(name.owner), name.name, [])
-    with pytest.raises(SettingsError, match=rf"{re.escape(str(name))} \(it is a list, not a dict\)"):
+    with pytest.raises(SettingsError, match=rf"{re.escape(str(name))} \(it is a list, not a {name.kind.__name__}\)"):
         DEEPSPEED.check()
 
 
