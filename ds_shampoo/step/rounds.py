@@ -22,7 +22,7 @@ class Rounds:
     @property
     def complete(self) -> bool:
         """Whether everything has taken the step."""
-        return bool(self._stepped) and len(self._stepped) == self._expected
+        return len(self._stepped) == (self._expected if self._stepped else self._subgroups.expected())
 
     @property
     def under_way(self) -> bool:
