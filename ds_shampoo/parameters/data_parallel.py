@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_shampoo.config import SettingsError
+from ds_shampoo.sharding.gathering import gathered
 from ds_shampoo.sharding.layout import Layout, WholeLayout
 from ds_shampoo.sharding.partition import LogicalParameter, Partition, replicated
 
@@ -53,7 +54,7 @@ def layout_for(model: nn.Module | None, params: Any) -> Layout:
     (group,) = groups.values()
     layout = DataParallelLayout(model, wrapped, group)
     outside = next((tuple(t.shape) for t in _tensors(params) if t.requires_grad and not layout.averages(t)), None)
-    if len(set(_gathered("" if outside is None else "outside", group))) > 1:
+    if len(set(gathered("" if outside is None else "outside", group))) > 1:
         raise SettingsError(
             "on some ranks all trained parameters are of the DistributedDataParallel module, and on others not: pass "
             "the same parameters on all ranks"
@@ -128,7 +129,7 @@ class DataParallelLayout(WholeLayout):
         Raises:
             SettingsError: on all ranks, naming what differs.
         """
-        first, *others = _gathered(dict(own), self._group)
+        first, *others = gathered(dict(own), self._group)
         for rank, other in enumerate(others, start=1):
             for key in {**first, **other}:
                 here, there = first.get(key, "not there"), other.get(key, "not there")
@@ -145,7 +146,7 @@ class DataParallelLayout(WholeLayout):
             yield
         except Exception as error:
             cause = error
-        told = _gathered("" if cause is None else f"{type(cause).__name__}: {cause}", self._group)
+        told = gathered("" if cause is None else f"{type(cause).__name__}: {cause}", self._group)
         if cause is not None:
             raise cause
         for rank, problem in enumerate(told):
@@ -258,9 +259,3 @@ def _bits(tensor: Tensor) -> Tensor:
     """A sum over a tensor's bits, a number on its device."""
     flat = tensor.detach().contiguous().view(-1)
     return flat.view(_BITS[flat.element_size()]).sum(dtype=torch.int64)
-
-
-def _gathered(own: _Said, group: dist.ProcessGroup) -> list[_Said]:
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, own, group=group)
-    return found

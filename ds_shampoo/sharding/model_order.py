@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
-
-import torch.distributed as dist
+from typing import TypeAlias, TypeVar
 
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.sharding.expert_names import ExpertName, expert_name
+from ds_shampoo.sharding.gathering import gathered
 
 _Said = TypeVar("_Said")
 
@@ -39,12 +38,12 @@ def model_order(names: Iterable[str]) -> list[str]:
 
 def concatenated_over_ranks(own: Sequence[_Said]) -> list[_Said]:
     """What all ranks of the job say, one after another."""
-    return [said for rank in _gathered(own) for said in rank]
+    return [said for rank in gathered(list(own)) for said in rank]
 
 
 def names_over_ranks(names: Sequence[str]) -> list[str]:
     """The names of all ranks of the job, from this rank's in the order of its part of the model."""
-    return model_order(name for rank in _gathered(names) for name in rank)
+    return model_order(name for rank in gathered(list(names)) for name in rank)
 
 
 def union_over_ranks(rounds: Rounds) -> Rounds:
@@ -53,7 +52,7 @@ def union_over_ranks(rounds: Rounds) -> Rounds:
     Ranks may have different rounds, and take part all the same.
     """
     union: dict[Hashable, dict[str, Block]] = {}
-    for rank in _gathered(list(rounds.items())):
+    for rank in gathered(list(rounds.items())):
         for key, blocks in rank:
             union.setdefault(key, {}).update((str(block), block) for block in blocks)
     return {
@@ -66,12 +65,6 @@ def by_name(blocks: Iterable[Block], names: Sequence[str]) -> list[Block]:
     """Blocks in the order of their parameters' names."""
     order = {name: number for number, name in enumerate(names)}
     return sorted(blocks, key=lambda block: (order[block.parameter], block.index))
-
-
-def _gathered(own: Sequence[Any]) -> list[Sequence[Any]]:
-    found: list[Sequence[Any]] = [()] * dist.get_world_size()
-    dist.all_gather_object(found, list(own))
-    return found
 
 
 def _parts(name: str) -> ExpertName:

@@ -17,6 +17,7 @@ from ds_shampoo.frameworks.deepspeed.internals import SubGroups
 from ds_shampoo.frameworks.deepspeed.provenance import check_world, saved_by_shampoo, slice_rank, without_blocks
 from ds_shampoo.frameworks.deepspeed.together import together
 from ds_shampoo.optimizer import Shampoo
+from ds_shampoo.sharding.gathering import gathered
 from ds_shampoo.state import saving
 from ds_shampoo.state.commit import finish
 from ds_shampoo.state.files import FOLDER, BlockReader
@@ -122,8 +123,7 @@ def _opened(
             raise CheckpointError(
                 f"{found} holds the weights of the first rank's experts only: Shampoo did not save it"
             )
-    stamps: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(stamps, (options["tag"], reader.header.stamp if reader is not None else None))
+    stamps = gathered((options["tag"], reader.header.stamp if reader is not None else None))
     if len(set(stamps)) > 1:
         raise CheckpointError(
             f"{options['load_dir']}: the ranks found different checkpoints {sorted(map(str, set(stamps)))}: is one "

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
-import torch.distributed as dist
-
+from ds_shampoo.sharding.gathering import gathered
 from ds_shampoo.state.index import CheckpointError
 
 
@@ -26,8 +24,7 @@ def together(own_errors: bool = False) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, "" if cause is None else _told(cause))
+    problems = gathered("" if cause is None else _told(cause))
     first = next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem), None)
     if cause is not None and own_errors:
         raise cause

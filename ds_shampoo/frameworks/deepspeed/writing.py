@@ -20,6 +20,7 @@ from ds_shampoo.frameworks.deepspeed.experts import ExpertWeights
 from ds_shampoo.frameworks.deepspeed.provenance import describe, slice_rank
 from ds_shampoo.frameworks.deepspeed.together import together
 from ds_shampoo.optimizer import Shampoo
+from ds_shampoo.sharding.gathering import gathered
 from ds_shampoo.state import saving
 from ds_shampoo.state.commit import NEXT, discard_former, finish, staging
 from ds_shampoo.state.files import FOLDER, file_name, write_file
@@ -222,14 +223,13 @@ def _write_index(
     Raises:
         CheckpointError: on all ranks, if it can't, or if a block has two owners.
     """
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (files, foreign, header["steps"]))
-    all_files = [file for each, _, _ in gathered for file in each]
+    everyones = gathered((files, foreign, header["steps"]))
+    all_files = [file for each, _, _ in everyones for file in each]
     twice = [name for name, n in Counter(name for file in all_files for name in file.blocks).items() if n > 1]
     if twice:
         raise CheckpointError(f"{folder}: {len(twice)} blocks belong to more than one rank, {twice[0]} first")
     with together():
         if engine.global_rank == 0:
-            steps = {name: step for _, _, each in gathered for name, step in each.items()}
-            all_foreign = {file.name: file for _, each, _ in gathered for file in each}
+            steps = {name: step for _, _, each in everyones for name, step in each.items()}
+            all_foreign = {file.name: file for _, each, _ in everyones for file in each}
             write_index(folder, {**header, "steps": steps}, all_files, all_foreign.values(), name=NEXT)

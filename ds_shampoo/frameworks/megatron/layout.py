@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from ds_shampoo.frameworks.megatron.internals import Run
 from ds_shampoo.frameworks.megatron.names import ModelParameter
 from ds_shampoo.frameworks.megatron.slicing import sections
 from ds_shampoo.sharding.fragments import Fragment
+from ds_shampoo.sharding.gathering import gathered
 from ds_shampoo.sharding.layout import Layout
 from ds_shampoo.sharding.model_order import Rounds, concatenated_over_ranks, union_over_ranks
 from ds_shampoo.sharding.partition import LogicalParameter, Partition
@@ -78,6 +79,5 @@ class MegatronLayout(Layout):
                     f"Shampoo can't read this Megatron's layout: the fp32 weights found for '{name}' are not its own"
                 )
             own.append(Fragment(name, start, tensor.numel(), rank, buffer, 0))
-        everyones: list[Any] = [own] * world_size
-        dist.all_gather_object(everyones, own, group=self.replicas)
+        everyones = gathered(own, self.replicas)
         return Partition([fragment for run in everyones for fragment in run], rank, world_size, self.replicas)

@@ -26,6 +26,7 @@ from ds_shampoo.frameworks.megatron.internals import MEGATRON
 from ds_shampoo.frameworks.megatron_deepspeed import mpu
 from ds_shampoo.frameworks.protocols import NamesWholeModel
 from ds_shampoo.parameters import marks
+from ds_shampoo.sharding.gathering import gathered
 
 _POSITIONS = ("learned_absolute", "rope", "none")
 _TIED = "embedding"
@@ -311,9 +312,7 @@ def _topology() -> PipeModelDataParallelTopology:
     sizes = {axis: dist.get_world_size(group) for axis, group in megatrons.items()}
     topology = PipeModelDataParallelTopology(num_pp=sizes["pipe"], num_mp=sizes["model"], num_dp=sizes["data"])
     own = {axis: list(dist.get_process_group_ranks(group)) for axis, group in megatrons.items()}
-    everyones: list[Any] = [own] * dist.get_world_size()
-    dist.all_gather_object(everyones, own)
-    for rank, groups in enumerate(everyones):
+    for rank, groups in enumerate(gathered(own)):
         for axis, found in groups.items():
             expected = _group_of(rank, topology.get_axis_comm_lists(axis))
             if found != expected:
