@@ -19,7 +19,8 @@ from ds_shampoo.config import (
     parse,
     parse_group,
 )
-from ds_shampoo.parameters.data_parallel import layout_for, listed
+from ds_shampoo.parameters.data_parallel import layout_for
+from ds_shampoo.parameters.members import listed
 from ds_shampoo.parameters.reading import Parameters
 from ds_shampoo.parameters.unbound import Unbound, waits_to_be_bound
 from ds_shampoo.report.announcement import Announcement

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_shampoo.config import SettingsError
+from ds_shampoo.parameters.members import tensors_in
 from ds_shampoo.sharding.gathering import gathered
 from ds_shampoo.sharding.layout import Layout, WholeLayout
 from ds_shampoo.sharding.partition import LogicalParameter, Partition, replicated
@@ -53,7 +54,8 @@ def layout_for(model: nn.Module | None, params: Any) -> Layout:
         return WholeLayout()
     (group,) = groups.values()
     layout = DataParallelLayout(model, wrapped, group)
-    outside = next((tuple(t.shape) for t in _tensors(params) if t.requires_grad and not layout.averages(t)), None)
+    members = [params] if isinstance(params, Tensor) else params
+    outside = next((tuple(t.shape) for t in tensors_in(members) if t.requires_grad and not layout.averages(t)), None)
     if len(set(gathered("" if outside is None else "outside", group))) > 1:
         raise SettingsError(
             "on some ranks all trained parameters are of the DistributedDataParallel module, and on others not: pass "
@@ -68,18 +70,6 @@ def layout_for(model: nn.Module | None, params: Any) -> Layout:
             outside,
         )
     return WholeLayout()
-
-
-def listed(params: Any) -> Any:
-    """Parameters or param groups that can be looked at more than once, whatever iterators they came in."""
-    if isinstance(params, Iterator):
-        params = list(params)
-    if not isinstance(params, Sequence):
-        return params
-    return [
-        {**member, "params": listed(member["params"])} if isinstance(member, dict) and "params" in member else member
-        for member in params
-    ]
 
 
 class DataParallelLayout(WholeLayout):
@@ -210,17 +200,6 @@ def _unwrapped_names(model: nn.Module, paths: Iterable[str]) -> dict[tuple[int, 
             if name.startswith(prefix + _WRAPPED):
                 found[id(parameter), name] = prefix + name.removeprefix(prefix + _WRAPPED)
     return found
-
-
-def _tensors(params: Any) -> Iterator[Tensor]:
-    """Those in parameters, pairs of names and parameters, or param groups of either."""
-    for member in [params] if isinstance(params, Tensor) else params:
-        if isinstance(member, dict):
-            yield from _tensors(member.get("params", ()))
-        elif isinstance(member, tuple):
-            yield member[1]
-        else:
-            yield member
 
 
 def _check_equal(

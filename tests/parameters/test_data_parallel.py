@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ds_shampoo.parameters.data_parallel import _unwrapped_names, layout_for, listed
+from ds_shampoo.parameters.data_parallel import _unwrapped_names, layout_for
+from ds_shampoo.parameters.members import listed
 from ds_shampoo.sharding.layout import WholeLayout
 
 

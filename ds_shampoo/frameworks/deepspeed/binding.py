@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from ds_shampoo.frameworks.deepspeed.support import (
     refuse_unsupported,
 )
 from ds_shampoo.optimizer import Shampoo, unbound
+from ds_shampoo.parameters.members import tensors_in
 
 logger = logging.getLogger("ds_shampoo")
 
@@ -81,8 +82,8 @@ def made_for(members: Iterable[Any]) -> list[Shampoo]:
     Args:
         members: parameters, (name, parameter) pairs or param groups.
     """
-    own = {id(parameter) for parameter in _parameters_in(members)}
-    return [each for each in unbound if any(id(parameter) in own for parameter in _parameters_in(each.param_groups))]
+    own = {id(parameter) for parameter in tensors_in(members)}
+    return [each for each in unbound if any(id(parameter) in own for parameter in tensors_in(each.param_groups))]
 
 
 def finish(engine: Any, made_for_them: Iterable[Shampoo]) -> None:
@@ -154,17 +155,3 @@ def _say_what_is_not_used(optimizer: Any) -> None:
         '"zero_force_ds_cpu_optimizer": false',
         type(optimizer).__name__,
     )
-
-
-def _parameters_in(members: Iterable[Any]) -> Iterator[Tensor]:
-    """The parameters of a list that has them as they are, with names, or in param groups.
-
-    A group's iterator is left alone: whoever makes the optimizer needs what it gives.
-    """
-    for member in members:
-        if isinstance(member, Tensor):
-            yield member
-        elif isinstance(member, tuple):
-            yield member[1]
-        elif isinstance(member, Mapping) and isinstance(params := member.get("params"), Tensor | Sequence):
-            yield from _parameters_in([params] if isinstance(params, Tensor) else params)
