@@ -1,0 +1,60 @@
+"""What prototypes are made of: coefficients, polar factors, roots. Everything on stacks of matrices [n, rows, columns]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Jordan's quintic, five times (K. Jordan, "Muon", 2024).
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def cubic_coefficients(floor: float, count: int) -> list[tuple[float, float]]:
+    """(a, c) of x <- a x - c x^3, `count` times: each the nearest to 1 on the interval that the one before left.
+
+    The minimax odd cubic on [l, u] takes equal values at l and u and as much more than 1 at its maximum as less there.
+    """
+    found, low, high = [], floor, 1.0
+    for _ in range(count):
+        s = low * low + low * high + high * high
+        c = 2 / (low * high * (low + high) + 2 * (s / 3) ** 1.5)
+        found.append((c * s, c))
+        error = 1 - c * low * high * (low + high)
+        low, high = 1 - error, 1 + error
+    return found
+
+
+def polar(x: Tensor, method: str, count: int, floor: float) -> Tensor:
+    """About U Vᵀ of every U S Vᵀ: "quintic", from the Frobenius norm, or "cubic", from Schatten's 4-norm."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    if method == "quintic":
+        x = x / x.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1)
+        a, b, c = QUINTIC
+        for _ in range(count):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+    else:
+        gram = x @ x.mT
+        scale = gram.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1)
+        x, gram = x / scale.sqrt(), gram / scale
+        for number, (a, c) in enumerate(cubic_coefficients(floor, count)):
+            gram = x @ x.mT if number else gram
+            x = a * x - c * gram @ x
+    return x.mT if tall else x
+
+
+def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
+    """A^-exponent of every symmetric [n, d, d], with a ridge relative to the largest eigenvalue."""
+    values, vectors = torch.linalg.eigh(factors.double())
+    values = values.clamp_min(0) + ridge * values[:, -1:].clamp_min(1e-300)
+    return ((vectors * values.pow(-exponent).unsqueeze(1)) @ vectors.mT).float()
+
+
+def cosine(step: int, steps: int, warmup: int, floor: float) -> float:
+    """The rate at a step that counts from 0, in parts of its peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
