@@ -32,6 +32,10 @@ class Prototype:
             for matrix in matrices.values():
                 by_shape.setdefault(tuple(matrix.shape), []).append(matrix)
         self.stacks = [Stack(same, trial) for same in by_shape.values()]
+        if trial.statistics == "tokens":
+            modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+            for stack in self.stacks:
+                stack.watch([modules[id(matrix)] for matrix in stack.matrices])
         self.rest = []
         for name, p in model.named_parameters():
             if id(p) in taken and trial.direction != "adam":
@@ -105,6 +109,41 @@ class Stack:
         self.before: Tensor | None = None
         self.weight = 0.0
 
+    def watch(self, layers: list[nn.Linear]) -> None:
+        """Sums the second moments of a sample of tokens' inputs and output gradients from now on (K-FAC's factors)."""
+        self.ins, self.outs = (torch.zeros(len(layers), d, d) for d in (layers[0].in_features, layers[0].out_features))
+        self.tokens_in, self.tokens_out = 0, 0
+        every = self.trial.sampled
+
+        def see(number: int, layer: nn.Linear) -> None:
+            def forward(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if torch.is_grad_enabled():
+                    own = args[0].detach().flatten(0, -2)[::every].float()
+                    self.ins[number].addmm_(own.mT, own)
+                    self.tokens_in += len(own)
+
+            def backward(_: nn.Module, __: object, grads: tuple[Tensor, ...]) -> None:
+                own = grads[0].detach().flatten(0, -2)[::every].float()
+                self.outs[number].addmm_(own.mT, own)
+                self.tokens_out += len(own)
+
+            layer.register_forward_pre_hook(forward)
+            layer.register_full_backward_hook(backward)
+
+        for number, layer in enumerate(layers):
+            see(number, layer)
+
+    def token_statistics(self) -> tuple[Tensor, Tensor]:
+        """The diagonal blocks of what was watched, as each block has them."""
+        rows, columns = self.m.shape[1] // self.rows, self.m.shape[2] // self.columns
+        def blocks(whole: Tensor, parts: int, size: int) -> Tensor:
+            return torch.stack([whole[:, i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(parts)], 1)
+        left = blocks(self.outs, rows, self.rows).unsqueeze(2).expand(-1, -1, columns, -1, -1).flatten(0, 2)
+        right = blocks(self.ins, columns, self.columns).unsqueeze(1).expand(-1, rows, -1, -1, -1).flatten(0, 2)
+        found = left.clone(), right.clone()
+        self.ins.zero_(), self.outs.zero_()
+        return found
+
     def cut(self, whole: Tensor) -> Tensor:
         """[matrices, rows, columns] as blocks [n, rows, columns]."""
         count, rows, columns = whole.shape
@@ -147,6 +186,8 @@ class Stack:
             for value in self.extra:
                 value.zero_()
             self.before = None
+        elif t.statistics == "tokens":
+            left, right = self.token_statistics()
         else:
             own = g
             if t.statistics == "centred" and step:
@@ -158,7 +199,8 @@ class Stack:
         self.right.lerp_(right, 1 - beta)
         late = min(t.delay, (step + 1) // 4)
         if step == 0 or (step + 1) % t.interval == 0 or (t.early and step + 1 in EARLY):
-            made = tuple(inverse_root(factor, t.exponent, t.ridge) for factor in (self.left, self.right))
+            other = t.exponent if t.exponent_right < 0 else t.exponent_right
+            made = inverse_root(self.left, t.exponent, t.ridge), inverse_root(self.right, other, t.ridge)
             self.pending.append((step + late, made))
         while self.pending and self.pending[0][0] <= step:
             self.roots = self.pending.pop(0)[1]

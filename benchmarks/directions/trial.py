@@ -57,7 +57,9 @@ class Trial:
     block: int = 256
     statistics: str = "mean"
     statistics_beta: float = 0.95
+    sampled: int = 8
     exponent: float = 1 / 3
+    exponent_right: float = -1.0
     ridge: float = 1e-6
     interval: int = 10
     delay: int = 5
