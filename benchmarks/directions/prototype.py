@@ -52,7 +52,7 @@ class Prototype:
 
     def take_micro_batch(self) -> None:
         """Statistics of the micro-batch's own gradient, where the trial wants them."""
-        if self.trial.statistics.startswith("micro"):
+        if self.trial.statistics in ("micro", "noise", "signed"):
             start = time.thread_time()
             for stack in self.stacks:
                 stack.take_micro_batch()
@@ -107,6 +107,8 @@ class Stack:
         self.pending: list[tuple[int, tuple[Tensor, Tensor]]] = []
         self.row_square = torch.zeros(n, self.rows, 1)
         self.before: Tensor | None = None
+        self.signed: Tensor | None = None
+        self.signs = torch.Generator().manual_seed(trial.seed)
         self.weight = 0.0
 
     def watch(self, layers: list[nn.Linear]) -> None:
@@ -158,10 +160,15 @@ class Stack:
     @torch.no_grad()
     def take_micro_batch(self) -> None:
         grad = torch.stack([p.grad for p in self.matrices])
-        own = self.cut(grad - self.before if self.before is not None else grad)
+        own = grad - self.before if self.before is not None else grad
+        self.before = grad
+        if self.trial.statistics == "signed":
+            sign = 2.0 * float(torch.randint(2, (), generator=self.signs)) - 1.0
+            self.signed = sign * own if self.signed is None else self.signed + sign * own
+            return
+        own = self.cut(own)
         self.extra[0].add_(own @ own.mT)
         self.extra[1].add_(own.mT @ own)
-        self.before = grad
 
     def step(self, step: int, lr: float, clip: float) -> None:
         t = self.trial
@@ -181,8 +188,11 @@ class Stack:
 
     def gather_statistics(self, g: Tensor, step: int, clip: float) -> None:
         t = self.trial
-        if t.statistics.startswith("micro"):
+        if t.statistics in ("micro", "noise"):
             left, right = (value * clip**2 for value in self.extra)
+            if t.statistics == "noise":
+                own = self.cut(g)
+                left, right = left - own @ own.mT / t.micro, right - own.mT @ own / t.micro
             for value in self.extra:
                 value.zero_()
             self.before = None
@@ -192,6 +202,11 @@ class Stack:
             own = g
             if t.statistics == "centred" and step:
                 own = g - self.m / (1 - t.momentum**step)
+            if t.statistics == "difference":
+                own, self.before = g - self.before if self.before is not None else g, g
+            if t.statistics == "signed":
+                assert self.signed is not None
+                own, self.signed, self.before = self.signed * clip, None, None
             own = self.cut(own)
             left, right = own @ own.mT, own.mT @ own
         beta = min(t.statistics_beta, step / (step + 1)) if t.statistics_beta < 1 else 1.0
