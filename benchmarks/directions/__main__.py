@@ -62,7 +62,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def line(row: dict[str, Any]) -> str:
     settings = " ".join(f"{key}={value}" for key, value in Trial(**row["settings"]).differs().items())
-    return f"{row['loss']:.4f} {row['cpu_seconds']:6.0f} s ({row['optimizer_seconds']:.0f})  {settings}"
+    averaged = " ".join(f"{loss:.4f}" for loss in row.get("averaged", {}).values())
+    return f"{row['loss']:.4f} [{averaged}] {row['cpu_seconds']:6.0f} s ({row['optimizer_seconds']:.0f})  {settings}"
 
 
 if __name__ == "__main__":

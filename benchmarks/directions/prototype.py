@@ -109,7 +109,7 @@ class Stack:
         self.before: Tensor | None = None
         self.signed: Tensor | None = None
         self.signs = torch.Generator().manual_seed(trial.seed)
-        self.weight = 0.0
+        self.norms = [p.detach().norm() for p in matrices]
 
     def watch(self, layers: list[nn.Linear]) -> None:
         """Sums the second moments of a sample of tokens' inputs and output gradients from now on (K-FAC's factors)."""
@@ -185,6 +185,9 @@ class Stack:
         d = d * (t.rms * (self.rows * self.columns) ** 0.5 / d.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1))
         for p, own in zip(self.matrices, self.join(d), strict=True):
             p.mul_(1 - lr * t.weight_decay).sub_(own, alpha=lr)
+        if t.hyperball:
+            for p, norm in zip(self.matrices, self.norms, strict=True):
+                p.mul_(norm / p.norm())
 
     def gather_statistics(self, g: Tensor, step: int, clip: float) -> None:
         t = self.trial

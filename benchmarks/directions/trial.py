@@ -21,6 +21,8 @@ from sampling import draw
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 VALIDATION_WINDOWS = 256
+# Decays of the averages of the weights that are validated besides, at the end.
+AVERAGES = (0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Trial:
     count: int = 3
     floor: float = 0.05
     rows: bool = False
+    # Norm control: matrices keep the norms they began with.
+    hyperball: bool = False
 
     @classmethod
     def of(cls, settings: dict[str, str]) -> Trial:
@@ -100,17 +104,25 @@ def carry_out(trial: Trial, stop: int | None = None) -> dict[str, Any]:
     optimizer = Prototype(model, trial)
     curve, training, began = {}, [], time.perf_counter()
     spent = 0.0
+    averages = {decay: [p.detach().clone() for p in model.parameters()] for decay in AVERAGES}
     for step in range(trial.steps):
         start = time.thread_time()
         loss = train(model, optimizer, corpus, trial, step)
         optimizer.step(step, cosine(step, trial.steps, trial.warmup, trial.lr_floor))
+        for decay, average in averages.items():
+            torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - decay)
         spent += time.thread_time() - start
         training.append(round(loss, 4))
         if (step + 1) % max(1, trial.steps // 6) == 0 or step + 1 in (stop, trial.steps):
             curve[step + 1] = round(validate(model, corpus, trial), 5)
         if stop is not None and step + 1 >= stop:
             break
+    averaged = {}
+    for decay, average in averages.items():
+        torch._foreach_copy_([p.detach() for p in model.parameters()], average)
+        averaged[decay] = round(validate(model, corpus, trial), 5)
     return {
+        "averaged": averaged,
         "settings": asdict(trial),
         "commit": commit(),
         "loss": curve[max(curve)],
