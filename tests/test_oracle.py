@@ -22,11 +22,14 @@ STEPS = 30
 # about 1e-6.
 TOLERANCE = 1e-5
 
+ROLES = ("embedding", "head", "vector")
+
 DEFAULTS: dict[str, Any] = {
     "lr": 0.02,
     "betas": (0.9, 0.95),
     "eps": 1e-8,
     "weight_decay": 0.0,
+    **{f"{role}_{key}": None for role in ROLES for key in ("lr_scale", "betas", "eps", "weight_decay")},
     "decoupled_weight_decay": True,
     "momentum": "before",
     "nesterov": True,
@@ -57,6 +60,7 @@ SHAPES = {
     "bias": (11,),
     "scalar": (),
     "row.weight": (1, 13),
+    "head.weight": (14, 6),
 }
 
 
@@ -85,7 +89,7 @@ class Oracle:
         dims = [d for d in shape if d > 1]
         if len(dims) < 2:
             return None
-        vocabulary = name.startswith("wte")
+        vocabulary = name.startswith(("wte", "head"))
         if vocabulary and s["embedding"] == "diagonal":
             return None
         if s["merge_small_dims"]:
@@ -126,14 +130,16 @@ class Oracle:
 
     def step_one(self, name: str, g: Tensor) -> None:
         s, p = self.s, self.params[name]
-        b1 = s["betas"][0]
+        b1, lr, decay = self.own(name, "betas")[0], s["lr"], self.own(name, "weight_decay")
+        if self.role(name):
+            lr *= s[f"{self.role(name)}_lr_scale"] or 1
         self.t[name] += 1
         t = self.t[name]
         if not s["decoupled_weight_decay"]:
-            g = g + s["weight_decay"] * p
+            g = g + decay * p
         if s["momentum"] == "before":
             self.m[name] = b1 * self.m[name] + (1 - b1) * g
-            x = self.unbiased(self.m[name], g, t)
+            x = self.unbiased(self.m[name], g, t, b1)
         else:
             x = g
         u = self.grafting(name, g, x, t)
@@ -141,19 +147,29 @@ class Oracle:
             u = self.precondition(name, g, x, u, t)
         if s["momentum"] == "after":
             self.m[name] = b1 * self.m[name] + (1 - b1) * u
-            u = self.unbiased(self.m[name], u, t)
+            u = self.unbiased(self.m[name], u, t, b1)
         if s["decoupled_weight_decay"]:
-            p = p * (1 - s["lr"] * s["weight_decay"])
-        self.params[name] = p - s["lr"] * u
+            p = p * (1 - lr * decay)
+        self.params[name] = p - lr * u
 
-    def unbiased(self, m: Tensor, value: Tensor, t: int) -> Tensor:
-        b1 = self.s["betas"][0]
+    def role(self, name: str) -> str | None:
+        """Section 5: whose settings a parameter has."""
+        if name.startswith(("wte", "head")):
+            return "embedding" if name.startswith("wte") else "head"
+        return "vector" if self.blocks[name] is None else None
+
+    def own(self, name: str, key: str) -> Any:
+        """A parameter's setting: its role's, or where that has none the group's."""
+        found = None if self.role(name) is None else self.s[f"{self.role(name)}_{key}"]
+        return self.s[key] if found is None else found
+
+    def unbiased(self, m: Tensor, value: Tensor, t: int, b1: float) -> Tensor:
         if self.s["nesterov"]:
             return (b1 * m + (1 - b1) * value) / (1 - b1 ** (t + 1))
         return m / (1 - b1**t)
 
     def grafting(self, name: str, g: Tensor, x: Tensor, t: int) -> Tensor:
-        method, b2, eps = self.s["grafting"], self.s["betas"][1], self.s["eps"]
+        method, b2, eps = self.s["grafting"], self.own(name, "betas")[1], self.own(name, "eps")
         if method.endswith("_normalized"):
             g, x, method = self.normalized(name, g), self.normalized(name, x), method.removesuffix("_normalized")
         if method in ("none", "sgd"):
@@ -334,6 +350,28 @@ def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> 
         {"weight_decay": 0.1, "decoupled_weight_decay": False},
         {"betas": (0.0, 0.99), "nesterov": False},
         {"matrix_epsilon": 1e-2, "eps": 1e-3},
+        {"embedding_lr_scale": 4.0, "head_lr_scale": 0.3, "vector_lr_scale": 0.5},
+        {
+            "embedding_lr_scale": 3.0,
+            "embedding_betas": (0.8, 0.9),
+            "embedding_weight_decay": 0.2,
+            "embedding": "one_sided",
+            "head_eps": 1e-2,
+            "head_betas": (0.5, 0.9),
+            "momentum": "after",
+            "vector_lr_scale": 2.0,
+            "vector_weight_decay": 0.3,
+            "vector_betas": (0.9, 0.5),
+            "vector_eps": 1e-3,
+        },
+        {
+            "decoupled_weight_decay": False,
+            "weight_decay": 0.1,
+            "embedding_weight_decay": 0.0,
+            "embedding_lr_scale": 0.5,
+            "vector_weight_decay": 0.3,
+            "grafting": "rmsprop_normalized",
+        },
     ],
     ids=lambda settings: "-".join(f"{key}={value}" for key, value in settings.items()),
 )

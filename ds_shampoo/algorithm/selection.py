@@ -98,10 +98,12 @@ class Reader:
     Attributes:
         shape_of: gives a parameter's full shape, wherever its elements are.
         marked_as_head: whether someone wrote on a parameter that it is an embedding's or an output head's.
+        marked_as_embedding: whether someone wrote on it that it is an embedding, or a copy of one.
     """
 
     shape_of: Callable[[Tensor], tuple[int, ...]] = _own_shape
     marked_as_head: Callable[[Tensor], bool] = _unmarked
+    marked_as_embedding: Callable[[Tensor], bool] = _unmarked
 
 
 PLAIN = Reader()
@@ -185,7 +187,7 @@ def _name_role(parts: Sequence[str], parameter: Tensor, reader: Reader) -> Role:
         return Role.WEIGHT
     if parts[-1] in _ELEMENTWISE_NAMES:  # not `D.weight`, a layer's
         return Role.ELEMENTWISE
-    if leaf in _EMBEDDING_NAMES:
+    if leaf in _EMBEDDING_NAMES or reader.marked_as_embedding(parameter):
         return Role.EMBEDDING
     head = leaf in _HEAD_NAMES or path == [_TOP_HEAD] or reader.marked_as_head(parameter)
     return Role.HEAD if head else Role.WEIGHT

@@ -32,7 +32,7 @@ class Parameters:
         self._patterns_hold = False
         self._sharding, self._looked_again = wrappers.sharding(model), False
         self._names = selection.names(model) if model is not None else {}
-        self._reader = selection.Reader(marks.whole_shape, marks.is_embedding_or_head)
+        self._reader = selection.Reader(marks.whole_shape, marks.is_embedding_or_head, marks.is_shared_embedding)
         self._kinds = selection.kinds(model, self._reader) if model is not None else {}
         self._aliases = selection.aliases(model) if model is not None else {}
         self._parts = fused.parts(model, self._reader) if model is not None else {}

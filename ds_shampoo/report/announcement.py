@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds_shampoo.algorithm import multi_tensor, products
+from ds_shampoo.config import GroupSettings, present_settings
 from ds_shampoo.parameters import wrappers
 from ds_shampoo.parameters.reading import Parameters
 from ds_shampoo.report.table import concerns, render
+from ds_shampoo.sharding.table import BlockTable
 from ds_shampoo.step.subgroups import Subgroups
 
 logger = logging.getLogger("ds_shampoo")
@@ -23,11 +25,18 @@ class Announcement:
         self._announced = 0
         self._said: set[str] = set()
 
+    @property
+    def _tables(self) -> list[BlockTable]:
+        return [sharded.table for sharded in self._subgroups.groups]
+
     def text(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """The table of all subgroups, and who does the work; `groups` are all param groups."""
         devices = {sharded.device for sharded in self._subgroups.groups}
         devices |= {param.device for _, params in self._subgroups.stand_ins(groups) for param in params}
-        tables = render([sharded.table for sharded in self._subgroups.groups])
+        present = {group["group_index"]: present_settings(group) for group in groups}
+        tables = render(
+            self._tables, [GroupSettings.model_construct(**present[each.index]) for each in self._subgroups.all]
+        )
         services = "\n".join(workplace.service.describe() for workplace in self._subgroups.workplaces)
         first = next(iter(self._subgroups.workplaces)).service.device
         return "\n".join([f"{tables}{services}", products.describe(first), multi_tensor.describe(devices)])
@@ -42,10 +51,9 @@ class Announcement:
         self._announced = len(built)
         if any(sharded.table.partition.rank for sharded in built):
             return
-        tables = [sharded.table for sharded in built]
         logger.info("\n%s", self.text(groups))
-        wrappers.say_what_is_left_out(tables, self._subgroups.turns, self._said)
-        for concern in concerns(tables, by_name_only=not self._parameters.have_names):
+        wrappers.say_what_is_left_out(self._tables, self._subgroups.turns, self._said)
+        for concern in concerns(self._tables, by_name_only=not self._parameters.have_names):
             if concern not in self._said:
                 self._said.add(concern)
                 logger.warning("%s", concern)

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_shampoo.algorithm import cost
+from ds_shampoo.auxiliary import RoleSettings, SettingsRole
+from ds_shampoo.config import GroupSettings, settings_by_role
 from ds_shampoo.sharding.table import BlockTable
 
-_WIDTH = 140
+_WIDTH = 152
 
 # Factors and roots of more than so many times their weights' bytes are warned of, from 1 MiB on. Under the default of
 # max_factor_ratio they have up to 33 times, in blocks of 32 x 2.
@@ -34,6 +36,7 @@ class _Row:
 
     shape: tuple[int, ...]
     reason: str
+    role: str
     parts: int = 1
     parameters: int = 0
     blocks: Counter[tuple[int, ...]] = field(default_factory=Counter)
@@ -41,14 +44,14 @@ class _Row:
     bytes: int = 0
 
     def alike(self, other: _Row) -> bool:
-        return (self.shape, self.reason, self.parts) == (other.shape, other.reason, other.parts)
+        return all(getattr(self, key) == getattr(other, key) for key in ("shape", "reason", "role", "parts"))
 
 
-def render(tables: Sequence[BlockTable]) -> str:
-    """The table as text, the same on every rank."""
+def render(tables: Sequence[BlockTable], settings: Sequence[GroupSettings]) -> str:
+    """The table as text, the same on every rank; with the present settings of each table's param group."""
     rows = _rows(tables)
     table = Table(title="Shampoo", title_justify="left", caption=_summary(rows), caption_justify="left")
-    for column in ("parameter", "shape", "blocks", "blocks by owner rank", "factors + roots"):
+    for column in ("parameter", "shape", "role", "blocks", "blocks by owner rank", "factors + roots"):
         table.add_column(column, overflow="fold")
     for name, row in rows.items():
         label = f"{name} ({row.parameters})" if row.parameters > 1 else name
@@ -57,6 +60,7 @@ def render(tables: Sequence[BlockTable]) -> str:
         table.add_row(
             label,
             _by(row.shape) + (f" ({row.parts} parts)" if row.parts > 1 else ""),
+            row.role,
             blocks or f"none: {row.reason}",
             owners,
             human_bytes(row.bytes) if row.bytes else "",
@@ -64,7 +68,7 @@ def render(tables: Sequence[BlockTable]) -> str:
     console = Console(width=_WIDTH, no_color=True)
     with console.capture() as capture:
         console.print(table)
-    return capture.get()
+    return f"{capture.get()}{_elementwise_settings(tables, settings)}\n"
 
 
 def concerns(tables: Sequence[BlockTable], by_name_only: bool) -> list[str]:
@@ -140,7 +144,8 @@ def _rows(tables: Sequence[BlockTable]) -> dict[str, _Row]:
         for name, (blocked, reason) in block_table.blocked.items():
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
             shape = block_table.shapes[name]
-            own = _Row(shape, reason, block_table.parts[name])
+            role = _called(block_table.roles[name]) if name in block_table.roles else ""
+            own = _Row(shape, reason, role, block_table.parts[name])
             if pattern in rows and not rows[pattern].alike(own):
                 pattern = name
             row = rows.setdefault(pattern, own)
@@ -163,6 +168,31 @@ def _summary(rows: dict[str, _Row]) -> str:
         f"over all ranks; by the grafting method alone: {sum(row.parameters for row in left)} parameters, "
         f"{others:,} elements"
     )
+
+
+def _elementwise_settings(tables: Sequence[BlockTable], settings: Sequence[GroupSettings]) -> str:
+    """A line of what the elementwise step of each role goes by, and for how many parameters."""
+    found: Counter[str] = Counter()
+    for block_table, own in zip(tables, settings, strict=True):
+        by_role = settings_by_role(own)
+        said = {
+            role: f"{_called(role)} {_said(getattr(own, f'{role}_lr_scale', None), of_role, by_role[None])}"
+            for role, of_role in by_role.items()
+        }
+        found.update(said[role] for role in block_table.roles.values())
+    return "by role: " + "; ".join(f"{text} ({count})" for text, count in found.items())
+
+
+def _said(scale: float | None, own: RoleSettings, groups: RoleSettings) -> str:
+    """Rate and decay of a role, and what else differs from its param group's."""
+    others = {"betas": ", ".join(f"{beta:g}" for beta in own.betas), "eps": f"{own.eps:g}"}
+    differing = [f"{key} {text}" for key, text in others.items() if getattr(own, key) != getattr(groups, key)]
+    rate = "lr" if scale is None else f"{scale:g} lr"
+    return ", ".join([rate, f"decay {own.weight_decay:g}", *differing])
+
+
+def _called(role: SettingsRole) -> str:
+    return role or "weight"
 
 
 def _by(shape: Sequence[int]) -> str:

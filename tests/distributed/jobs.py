@@ -120,6 +120,12 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+def role_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """`decay_groups`, of which the first overrides the job's settings by role."""
+    first, *others = decay_groups(model)
+    return [{**first, "embedding_lr_scale": 2.0, "head_betas": (0.9, 0.9)}, *others]
+
+
 def an_empty_group_first(model: nn.Module) -> list[dict[str, Any]]:
     """Groups as a trainer makes them that splits parameters by what a model may have none of."""
     return [{"params": []}, *decay_groups(model)]

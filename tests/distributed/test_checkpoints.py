@@ -18,7 +18,7 @@ from ds_shampoo.state.files import CheckpointError
 from tests.distributed import jobs
 from tests.distributed.jobs import SHAMPOO, Trace, engine_config
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_parity import FP32
+from tests.distributed.test_parity import BY_ROLE, FP32
 
 Pools = Callable[[int], WorkerPool]
 SAVE_AT, STEPS = 8, 16
@@ -50,8 +50,9 @@ def saved(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_same_world_resumes_bit_for_bit(pools: Pools, tmp_path: Path, stage: int) -> None:
-    config = engine_config(SHAMPOO, stage, 2)
+@pytest.mark.parametrize("own", [{}, BY_ROLE], ids=["usual", "by-role"])
+def test_the_same_world_resumes_bit_for_bit(pools: Pools, tmp_path: Path, stage: int, own: dict[str, Any]) -> None:
+    config = engine_config({**SHAMPOO, **own}, stage, 2)
     straight = pools(2).run(jobs.saving, config, str(tmp_path), SAVE_AT, STEPS)
     resumed = pools(2).run(jobs.loading, config, str(tmp_path), SAVE_AT, STEPS)
     for before, after in zip(straight, resumed, strict=True):
@@ -90,6 +91,18 @@ def test_another_world_goes_on_where_the_run_was(
     for trace in pools(world_size).run(jobs.loading, config, str(folder), SAVE_AT, STEPS, jobs.decay_groups):
         assert apart(trace, straight) <= FP32
         assert trace.losses == pytest.approx(straight.losses, rel=FP32)
+
+
+def test_settings_by_role_go_on_in_another_world(pools: Pools, tmp_path: Path) -> None:
+    """The universal loader replaces param groups' settings; each role's stay the JSON's."""
+    settings = {**SHAMPOO, **BY_ROLE}
+    config = engine_config(settings, 2, 2, size=BATCH)
+    straight = pools(2).run(jobs.saving, config, str(tmp_path), SAVE_AT, STEPS, jobs.role_groups)[0]
+    to_universal(tmp_path)
+    for world_size, stage in ((1, 1), (3, 3), (4, 2)):
+        config = engine_config(settings, stage, world_size, size=BATCH, **UNIVERSAL)
+        for trace in pools(world_size).run(jobs.loading, config, str(tmp_path), SAVE_AT, STEPS, jobs.role_groups):
+            assert apart(trace, straight) <= FP32
 
 
 @pytest.mark.parametrize("stage", [2, 3])

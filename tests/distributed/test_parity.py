@@ -101,6 +101,41 @@ def test_settings(pools: Pools, changed: dict[str, Any], world_size: int, stage:
     check(traces, alone_with(**changed), tolerance)
 
 
+# Every setting of every role; and what takes the other ways through the step.
+BY_ROLE: dict[str, Any] = {
+    "embedding_lr_scale": 3.0, "embedding_betas": (0.9, 0.98), "embedding_eps": 1e-7, "embedding_weight_decay": 0.0,
+    "head_lr_scale": 0.4, "head_betas": (0.8, 0.95), "head_eps": 1e-6, "head_weight_decay": 0.1,
+    "vector_lr_scale": 1.5, "vector_betas": (0.9, 0.99), "vector_eps": 1e-9, "vector_weight_decay": 0.05,
+}  # fmt: skip
+OTHER_WAYS = {"decoupled_weight_decay": False, "momentum": "after", "embedding": "one_sided"}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("other", [{}, OTHER_WAYS], ids=["usual", "others"])
+def test_settings_by_role(pools: Pools, stage: int, other: dict[str, Any]) -> None:
+    """ZeRO's shards hold all roles mixed, and padding between them."""
+    changed = {**BY_ROLE, **other}
+    traces = pools(2).run(jobs.job, engine_config({**SHAMPOO, **changed}, stage, 2), STEPS)
+    check(traces, alone_with(**changed), FP32)
+    assert distance(traces[0], alone_with(**other)) > 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [(2, {"round_robin_gradients": True}), (2, {"parameter_alignment": True}), (3, {"sub_group_size": 5000})],
+    ids=["round-robin", "alignment", "sub-groups"],
+)
+def test_settings_by_role_in_odd_shards(pools: Pools, stage: int, zero: dict[str, Any], precision: str) -> None:
+    """Offloaded, cut in other orders and in parts, over three param groups with settings of their own."""
+    zero = {**zero, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    config = engine_config({**SHAMPOO, **BY_ROLE}, stage, 2, 2, precision, zero=zero)
+    traces = pools(2).run(jobs.job, config, STEPS, jobs.role_groups)
+    settings = {**SHAMPOO, **BY_ROLE}
+    expected = alone(STEPS, settings, groups=jobs.role_groups, precision=jobs.PRECISIONS[precision])
+    check(traces, expected, FP32 if precision == "fp32" else BF16)
+
+
 @pytest.fixture(scope="module")
 def clipped_reference() -> Trace:
     return alone(STEPS, SHAMPOO, clip=0.2, groups=jobs.decay_groups)

@@ -73,6 +73,7 @@ NAMES: tuple[Private, ...] = (
     Mark(_ROWS, "sequence_parallel"),
     Mark(_COLUMNS, marks.EXPERT),
     Given(_LANGUAGE, marks.EMBEDDING_OR_HEAD),
+    Given(_LANGUAGE, marks.SHARED_EMBEDDING),
 )
 
 # Documented settings that are looked at: one of another name would be taken for what it was not.
