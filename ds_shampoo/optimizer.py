@@ -52,7 +52,8 @@ class Shampoo(StatefulOptimizer):
         nesterov: look one step ahead in that average.
         grafting: whose step length each block takes: none, sgd, adagrad, rmsprop, adam, or one of the last four
             with "_normalized".
-        preconditioner: "shampoo", or "spectral": spectral descent in the coordinates that the statistics give.
+        preconditioner: "shampoo"; "spectral": spectral descent in the coordinates that the statistics give; or "polar":
+            the whitened momentum with its outliers cut off.
         direction_rms: every preconditioned block's direction gets this root mean square per element; None for the
             norm of its grafting step.
         block_size: dimensions are cut at multiples of this.
@@ -63,7 +64,7 @@ class Shampoo(StatefulOptimizer):
         embedding: what embeddings and output heads get: "diagonal" (grafting only), "one_sided" or "blocked".
         matrix_epsilon: ridge of the inverse roots, relative to the largest eigenvalue.
         inverse_exponent_override: the root's order p, up to 64; None for twice the number of factors, for "spectral"
-            four times.
+            four times, for "polar" 1.5 times, rounded up.
         start_preconditioning_step: the first preconditioned step, counted from 1.
         statistics_beta: decay of the Kronecker factors; 1 sums them as AdaGrad does.
         statistics_interval, root_interval: steps between updates of factors and of roots.
