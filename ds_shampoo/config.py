@@ -12,6 +12,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ds_shampoo.algorithm.precision import MatmulPrecision
 from ds_shampoo.algorithm.preconditioners import PRECONDITIONERS
+from ds_shampoo.auxiliary import (
+    AUXILIARY_ROLES,
+    ROLE_SYNONYMS,
+    RoleSettings,
+    SettingsRole,
+    plain_spelling,
+    resembles_a_key,
+)
 
 
 def parse_cores(cores: object) -> object:
@@ -59,6 +67,11 @@ def _known_preconditioner(name: str) -> str:
 
 # Bounds keep every number of a step inside fp32's range, whatever else is set; who needs more has a mistake elsewhere.
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Beta, Beta], Strict(False)]
+Eps = Annotated[float, Field(ge=1e-30, le=1e3)]
+LARGEST_RATE = 1e6
+Rate = Annotated[float, Field(ge=0, le=LARGEST_RATE)]
+Decay = Annotated[float, Field(ge=0, le=1e3)]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Grafting = Literal[
     "none",
@@ -135,10 +148,23 @@ class GroupSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    lr: Annotated[float, Field(ge=0, le=1e6)] = 1e-3
-    betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.95, 0.95)
-    eps: Annotated[float, Field(ge=1e-30, le=1e3)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    lr: Rate = 1e-3
+    betas: Betas = (0.95, 0.95)
+    eps: Eps = 1e-8
+    weight_decay: Decay = 0.0
+    # A role's own; `settings_by_role` says what None stands for.
+    embedding_lr_scale: Rate | None = None
+    embedding_betas: Betas | None = None
+    embedding_eps: Eps | None = None
+    embedding_weight_decay: Decay | None = None
+    head_lr_scale: Rate | None = None
+    head_betas: Betas | None = None
+    head_eps: Eps | None = None
+    head_weight_decay: Decay | None = None
+    vector_lr_scale: Rate | None = None
+    vector_betas: Betas | None = None
+    vector_eps: Eps | None = None
+    vector_weight_decay: Decay | None = None
     decoupled_weight_decay: bool = True
     momentum: Literal["before", "after"] = "before"
     nesterov: bool = True
@@ -182,6 +208,21 @@ class ShampooConfig(GroupSettings):
     root_cores: Annotated[Literal["auto"] | list[int], BeforeValidator(parse_cores)] = "auto"
     # Seconds that one root may take; a thread at it for longer is taken to hang.
     root_timeout: Annotated[float, Field(gt=0, le=1e6)] = 120.0
+
+
+def settings_by_role(settings: GroupSettings) -> dict[SettingsRole, RoleSettings]:
+    """The elementwise settings of hidden matrices, under None, and of every other role.
+
+    A role's rate is its scale, by default 1, times the group's; what else it has not set itself is the group's.
+    """
+    own = RoleSettings(settings.lr, settings.betas, settings.eps, settings.weight_decay)
+    found: dict[SettingsRole, RoleSettings] = {None: own}
+    for role in AUXILIARY_ROLES:
+        scale = getattr(settings, f"{role}_lr_scale")
+        roles = {key: getattr(settings, f"{role}_{key}") for key in ("betas", "eps", "weight_decay")}
+        changed = {key: value for key, value in roles.items() if value is not None}
+        found[role] = own._replace(lr=own.lr if scale is None else own.lr * scale, **changed)
+    return found
 
 
 _Settings = TypeVar("_Settings", bound=GroupSettings)
@@ -229,11 +270,18 @@ def _check_combinations(settings: GroupSettings) -> None:
     Raises:
         SettingsError: naming both settings.
     """
-    if settings.lr * settings.weight_decay >= 2:
-        raise SettingsError(
-            f"Shampoo setting 'weight_decay' = {settings.weight_decay} with 'lr' = {settings.lr}: their product must "
-            "be below 2: weights would grow with every step, in turns of sign"
-        )
+    for role, own in settings_by_role(settings).items():
+        scale = None if role is None else getattr(settings, f"{role}_lr_scale")
+        rate = f"'lr' = {settings.lr}" + ("" if scale is None else f" and '{role}_lr_scale' = {scale}")
+        if own.lr > LARGEST_RATE:
+            raise SettingsError(f"Shampoo setting {rate}: their product must be at most {LARGEST_RATE:g}")
+        if own.lr * own.weight_decay >= 2:
+            key = "weight_decay" if role is None else f"{role}_weight_decay"
+            key = "weight_decay" if getattr(settings, key) is None else key
+            raise SettingsError(
+                f"Shampoo setting '{key}' = {own.weight_decay} with {rate}: their product must be below 2: weights "
+                "would grow with every step, in turns of sign"
+            )
     if settings.root_refresh_threshold > 0 and settings.root_dtype != "float32":
         raise SettingsError(
             f"Shampoo setting 'root_dtype' = '{settings.root_dtype}': must be 'float32' where root_refresh_threshold "
@@ -256,7 +304,7 @@ def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupS
             raise SettingsError(f"param group key {key!r}: must be a string")
         if key in _JOB_KEYS:
             raise SettingsError(f"Shampoo setting '{key}' holds for the whole job and can't be set in a param group")
-        passes = key in GroupSettings.model_fields or key.endswith(_SCALES)
+        passes = key in GroupSettings.model_fields or (key.endswith(_SCALES) and not resembles_a_key(key))
         if not passes and _nearest(key, _JOB_KEYS | _GROUP_KEYS):
             raise _unknown(key, value, _GROUP_KEYS, _JOB_KEYS)
     preconditioned = group.get("preconditioned", True)
@@ -321,7 +369,8 @@ def _unknown(key: str, value: object, known: Iterable[str], elsewhere: Iterable[
 
 def _nearest(key: str, known: Iterable[str]) -> str | None:
     """Which of the known keys is meant, by another's name for it or by its spelling; None where neither is close."""
-    known, plain = list(known), key.lower().replace("-", "_")
-    if SYNONYMS.get(plain) in known:
-        return SYNONYMS[plain]
+    known, plain = list(known), plain_spelling(key)
+    for synonyms in (SYNONYMS, ROLE_SYNONYMS):
+        if synonyms.get(plain) in known:
+            return synonyms[plain]
     return next(iter(difflib.get_close_matches(plain, known, n=1, cutoff=0.75)), None)

@@ -48,11 +48,18 @@ class Shampoo(StatefulOptimizer):
         betas: decay of the gradient's average and of the grafting method's second moment.
         eps: added to the root of the second moment.
         weight_decay, decoupled_weight_decay: AdamW's decay; L2 where the latter is False.
+        embedding_lr_scale, head_lr_scale, vector_lr_scale: learning rates of embeddings, of output heads, and of all
+            else that takes the grafting step alone, as multiples of `lr`; None for 1.
+        embedding_betas, head_betas, vector_betas: theirs in place of `betas`; None for the same.
+        embedding_eps, head_eps, vector_eps: theirs in place of `eps`.
+        embedding_weight_decay, head_weight_decay, vector_weight_decay: theirs in place of `weight_decay`, in every
+            param group that does not set the same key.
         momentum: "before": the gradient's average is preconditioned; "after": the directions are averaged.
         nesterov: look one step ahead in that average.
         grafting: whose step length each block takes: none, sgd, adagrad, rmsprop, adam, or one of the last four
             with "_normalized".
-        preconditioner: "shampoo", or "spectral": spectral descent in the coordinates that the statistics give.
+        preconditioner: "shampoo"; "spectral": spectral descent in the coordinates that the statistics give; or "polar":
+            the whitened momentum with its outliers cut off.
         direction_rms: every preconditioned block's direction gets this root mean square per element; None for the
             norm of its grafting step.
         block_size: dimensions are cut at multiples of this.
@@ -63,7 +70,7 @@ class Shampoo(StatefulOptimizer):
         embedding: what embeddings and output heads get: "diagonal" (grafting only), "one_sided" or "blocked".
         matrix_epsilon: ridge of the inverse roots, relative to the largest eigenvalue.
         inverse_exponent_override: the root's order p, up to 64; None for twice the number of factors, for "spectral"
-            four times.
+            four times, for "polar" 1.5 times, rounded up.
         start_preconditioning_step: the first preconditioned step, counted from 1.
         statistics_beta: decay of the Kronecker factors; 1 sums them as AdaGrad does.
         statistics_interval, root_interval: steps between updates of factors and of roots.
@@ -106,6 +113,18 @@ class Shampoo(StatefulOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        embedding_lr_scale: float | None = None,
+        embedding_betas: tuple[float, float] | None = None,
+        embedding_eps: float | None = None,
+        embedding_weight_decay: float | None = None,
+        head_lr_scale: float | None = None,
+        head_betas: tuple[float, float] | None = None,
+        head_eps: float | None = None,
+        head_weight_decay: float | None = None,
+        vector_lr_scale: float | None = None,
+        vector_betas: tuple[float, float] | None = None,
+        vector_eps: float | None = None,
+        vector_weight_decay: float | None = None,
         decoupled_weight_decay: bool = True,
         momentum: Literal["before", "after"] = "before",
         nesterov: bool = True,

@@ -21,7 +21,19 @@ NUMBERS += [TINY, 1e-46, 1e-45, 1e-38, 1e-30, 1e-16, 1e-10, 1e-6, 0.1, 0.5, 1 - 
 NUMBERS += [1e30, 3.4e38, 3.5e38, HUGE, -TINY, -0.0]  # type: ignore[list-item]
 OTHERS: list[Any] = [None, True, False, "", "1", "auto", [], [1], [0.9, 0.99], [0.9], {}, {"lr": 1}, math.nan, math.inf]
 OTHERS += [[x, y] for x in (0, TINY, 1 - 1e-16, 1) for y in (0, TINY, 1 - 1e-16, 1)]
-CHOICES = ["none", "sgd", "adagrad", "rmsprop", "adam", "adam_normalized", "shampoo", "spectral", "newton", "eigh"]
+CHOICES = [
+    "none",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adam",
+    "adam_normalized",
+    "shampoo",
+    "spectral",
+    "polar",
+    "newton",
+    "eigh",
+]
 CHOICES += ["before", "after", "bfloat16", "float32", "medium", "blocked", "one_sided"]
 
 # A model's threads and caches are no matter of a setting's value.

@@ -513,8 +513,14 @@ def test_zero_gradients_change_nothing() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-5])
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"inverse_exponent_override": 1}, {"root_refresh_threshold": 0.01}, {"preconditioner": "spectral"}],
-    ids=["default", "order 1", "threshold", "spectral"],
+    [
+        {},
+        {"inverse_exponent_override": 1},
+        {"root_refresh_threshold": 0.01},
+        {"preconditioner": "spectral"},
+        {"preconditioner": "polar"},
+    ],
+    ids=["default", "order 1", "threshold", "spectral", "polar"],
 )
 def test_gradients_that_vanish_for_long_and_come_back(changed: dict[str, Any], scale: float) -> None:
     weight, rng = parameter(16, 12), torch.Generator().manual_seed(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_shampoo.algorithm.blocks import Block
-from ds_shampoo.algorithm.orthogonal import STEPS
+from ds_shampoo.algorithm.orthogonal import CUBIC_STEPS, STEPS
 from ds_shampoo.algorithm.triangle import packed_numel
 
 FP32_BYTES = 4
@@ -18,12 +18,17 @@ def statistics_flops(block: Block) -> float:
 
 
 def direction_flops(block: Block, preconditioner: str = "shampoo") -> float:
-    """One multiplication by every inverse root; "spectral" has two, and an orthogonalisation between them."""
+    """One multiplication by every inverse root, and with "polar" cubic steps, each a Gram matrix and its product.
+
+    "spectral" has quintic steps, with the Gram matrix's square besides, and a second multiplication after them.
+    """
     rotation = sum(2.0 * block.numel * dim for dim in block.factor_dims)
     if preconditioner == "shampoo":
         return rotation
     rows = block.matrix_shape[0]
     order = min(rows, block.numel // rows)
+    if preconditioner == "polar":
+        return rotation + CUBIC_STEPS * 4.0 * order * block.numel
     return 2 * rotation + STEPS * (4.0 * order * block.numel + 2.0 * order**3)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from ds_shampoo.algorithm import cost
 from ds_shampoo.algorithm.blocks import Block, BlockedParameter, cut, matrix_shape
 from ds_shampoo.algorithm.selection import Role
+from ds_shampoo.auxiliary import SettingsRole, auxiliary_role
 from ds_shampoo.config import DTYPES, GroupSettings
 from ds_shampoo.sharding.fragments import Fragment, Piece, pieces_of
 from ds_shampoo.sharding.ownership import assign, fingerprint
@@ -25,6 +26,7 @@ class BlockTable:
         shapes: by name, each parameter's full shape.
         batches: by name, how many independent matrices each parameter holds.
         parts: by name, how many matrices are fused in each parameter, or in each of its batch.
+        roles: by name of what is trained, whose elementwise settings it has; None for those of hidden matrices.
         blocked: by name, each parameter's blocks, or None with the reason why it has none.
         blocks: all blocks in an order that all ranks share; a block's ordinal is its place here.
         pieces: the parts of the blocks on all ranks.
@@ -36,6 +38,7 @@ class BlockTable:
     shapes: dict[str, tuple[int, ...]]
     batches: dict[str, int]
     parts: dict[str, int]
+    roles: dict[str, SettingsRole]
     blocked: dict[str, tuple[BlockedParameter | None, str]]
     blocks: list[Block]
     pieces: list[Piece]
@@ -44,8 +47,9 @@ class BlockTable:
 
     @property
     def fingerprint(self) -> int:
-        """Equal on all ranks that made the same table of fragments, blocks and owners."""
-        return fingerprint([self.partition.fragments, self.blocks, self.owners])
+        """Equal on all ranks that made the same table of fragments, blocks, owners and roles."""
+        roles = [self.roles[fragment.parameter] for fragment in self.partition.fragments]
+        return fingerprint([self.partition.fragments, self.blocks, self.owners, roles])
 
     @property
     def whole(self) -> list[Fragment]:
@@ -115,7 +119,12 @@ def block_table(
     batches = {parameter.name: parameter.batch for parameter in parameters}
     state_bytes = [cost.state_bytes(block, DTYPES[settings.root_dtype].itemsize) for block in blocks]
     parts = {parameter.name: len(parameter.parts.lengths) if parameter.parts else 1 for parameter in parameters}
-    return BlockTable(partition, shapes, batches, parts, blocked, blocks, pieces, owners, state_bytes)
+    roles = {
+        parameter.name: auxiliary_role(parameter.role, preconditioned=blocked[parameter.name][0] is not None)
+        for parameter in parameters
+        if parameter.name in placed
+    }
+    return BlockTable(partition, shapes, batches, parts, roles, blocked, blocks, pieces, owners, state_bytes)
 
 
 def _blocks_of(parameter: LogicalParameter, settings: GroupSettings) -> tuple[BlockedParameter | None, str]:

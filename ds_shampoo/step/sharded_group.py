@@ -14,7 +14,7 @@ from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.length import rescaled, target_squares
 from ds_shampoo.algorithm.precision import matmul_precision
 from ds_shampoo.algorithm.preconditioners import PRECONDITIONERS
-from ds_shampoo.config import DTYPES, GroupSettings
+from ds_shampoo.config import DTYPES, GroupSettings, settings_by_role
 from ds_shampoo.roots.keeper import RootCounts, RootKeeper
 from ds_shampoo.roots.schedule import RootSchedule
 from ds_shampoo.roots.service import RootService
@@ -23,6 +23,7 @@ from ds_shampoo.sharding.norms import PieceNorms, SegmentScaler
 from ds_shampoo.sharding.table import BlockTable
 from ds_shampoo.step.elementwise import ElementwiseStep, StepMemory, TensorStep
 from ds_shampoo.step.owned_block import OwnedBlock
+from ds_shampoo.step.segments import UNKNOWN, runs_by_buffer
 from ds_shampoo.step.stopwatch import Stopwatch
 from ds_shampoo.step.work import StepWork
 
@@ -93,7 +94,9 @@ class ShardedGroup:
             self._scaler = SegmentScaler(
                 blocks, table.pieces, owners, whole=table.whole, partition=partition, device=device
             )
-        self._buffers = {f.parameter: f.buffer for f in partition.fragments if f.rank == partition.rank}
+        own = [f for f in partition.fragments if f.rank == partition.rank]
+        self._buffers = {f.parameter: f.buffer for f in own}
+        self._runs = runs_by_buffer(own, table.roles)
         self.owned_blocks = [
             OwnedBlock(block, stack, keeper, slot)
             for stack, keeper in zip(self.stacks, self._keepers, strict=True)
@@ -210,17 +213,24 @@ class ShardedGroup:
         """Whether others may wait for pieces of what has no gradient here."""
         return self.plan.moves and not self.table.partition.missing_alike
 
-    def _tensor_step(self, param: Tensor, state: dict[str, Any], settings: GroupSettings) -> TensorStep:
-        grad = param.grad if param.grad is not None else torch.zeros_like(param)
-        return TensorStep(param, grad, state, settings=settings, memory=self._memory)
-
     def _work_to_do(
         self, stand_ins: Sequence[Tensor], states: Sequence[dict[str, Any]], settings: GroupSettings
     ) -> StepWork | None:
         """What the step works on, with all of its memory; None where there is nothing to do."""
+        by_role = settings_by_role(settings)
         tensors = [
-            self._tensor_step(param, state, settings) if self._step_to_come(param, state) else None
-            for param, state in zip(stand_ins, states, strict=True)
+            TensorStep(
+                param,
+                param.grad if param.grad is not None else torch.zeros_like(param),
+                state,
+                settings=settings,
+                by_role=by_role,
+                memory=self._memory,
+                runs=self._runs.get(buffer, UNKNOWN),
+            )
+            if self._step_to_come(param, state)
+            else None
+            for buffer, (param, state) in enumerate(zip(stand_ins, states, strict=True))
         ]
         if not self._waited_for and not any(tensors):
             return None
@@ -230,7 +240,7 @@ class ShardedGroup:
                 torch.zeros(param.numel(), dtype=torch.float32, device=self.device) if tensor is None else None
                 for param, tensor in zip(stand_ins, tensors, strict=True)
             ]
-        elementwise = ElementwiseStep([tensor for tensor in tensors if tensor is not None], settings)
+        elementwise = ElementwiseStep([tensor for tensor in tensors if tensor is not None], settings, by_role)
         workspace = self._workspace() if self.table.blocks else None
         return StepWork(settings, tensors, blank, elementwise, workspace, self.device)
 

@@ -65,6 +65,7 @@ def trained(shape: tuple[int, ...], settings: dict[str, Any], together: bool) ->
         ((EXPERTS, 40, 3), {"max_factor_ratio": 2.0}),
         ((EXPERTS, 6, 3, 2, 2), {"merge_small_dims": True, "block_size": 16}),
         ((EXPERTS, 6, 5, 4), {"merge_small_dims": False, "preconditioner": "spectral"}),
+        ((EXPERTS, 9, 17), {"preconditioner": "polar"}),
         ((EXPERTS, 1, 6, 5), {}),
         ((EXPERTS, 1, 7), {"grafting": "adam_normalized"}),
     ],
@@ -115,7 +116,7 @@ def test_a_batch_is_cut_as_each_of_its_matrices(
         assert block.starts == block.origin == (member, *alone.starts)
         assert block.matrix_shape == alone.shape
         assert block.factor_dims == alone.factor_dims
-        for preconditioner in ("shampoo", "spectral"):
+        for preconditioner in ("shampoo", "spectral", "polar"):
             assert cost.step_flops(block, 1, 10, preconditioner) == cost.step_flops(alone, 1, 10, preconditioner)
         assert cost.state_bytes(block) == cost.state_bytes(alone)
 

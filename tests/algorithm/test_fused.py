@@ -222,6 +222,7 @@ def trained(parameters: dict[str, nn.Parameter], parts: Parts, together: bool, s
         ((32, 16), GROUPED, {}),
         ((32, 12), Parts(0, (8, 4, 4) * 2), {"grafting": "none", "lr": 1e-3}),
         ((48, 16), Parts(0, EACH), {"preconditioner": "spectral", "direction_rms": 0.2}),
+        ((48, 16), Parts(0, EACH), {"preconditioner": "polar", "direction_rms": 0.2}),
         ((48, 16), Parts(0, EACH), {"momentum": "after", "grafting": "adam_normalized"}),
         ((48, 20), Parts(0, EACH), {"max_preconditioner_dim": 18}),
         ((60, 16), Parts(0, (20,) * 3), {"max_preconditioner_dim": 18}),

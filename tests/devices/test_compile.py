@@ -72,7 +72,7 @@ def test_nothing_of_the_step_is_traced() -> None:
     assert optimizer.state[weight]["step"] == 3
 
 
-@pytest.mark.parametrize("preconditioner", ["shampoo", "spectral"])
+@pytest.mark.parametrize("preconditioner", ["shampoo", "spectral", "polar"])
 def test_the_default_backend(preconditioner: Any) -> None:
     """Inductor has nothing to compile, so that no compiler is needed."""
     weight = nn.Parameter(torch.ones(4, 4))

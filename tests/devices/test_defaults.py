@@ -20,7 +20,7 @@ from tests.distributed.jobs import SHAMPOO, engine_config
 from tests.distributed.pool import WorkerPool
 
 DEFAULTS: list[torch.dtype | str] = [torch.bfloat16, torch.float16, torch.float64, "meta"]
-KINDS = list(itertools.product(("shampoo", "spectral"), get_args(Grafting), ("before", "after")))
+KINDS = list(itertools.product(("shampoo", "spectral", "polar"), get_args(Grafting), ("before", "after")))
 # Settings that lead through other code; each is tried with one of the kinds above.
 OTHERS: list[dict[str, Any]] = [
     {"root_overlap": True},

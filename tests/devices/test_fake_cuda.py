@@ -19,7 +19,7 @@ from tests.devices.fake_cuda import CUDA, OffloadLayout, ShardedLayout, Watch, f
 SHAPES = [(24, 16), (17,), (8, 16), (8, 4, 3, 3)]
 LAYOUTS = ("whole", "offload", "flat", "pieces")
 PRECISIONS, DTYPES = ("highest", "high", "medium"), ("float32", "bfloat16")
-CASES = list(itertools.product(LAYOUTS, ("shampoo", "spectral"), get_args(Grafting), ("before", "after")))
+CASES = list(itertools.product(LAYOUTS, ("shampoo", "spectral", "polar"), get_args(Grafting), ("before", "after")))
 
 
 def rest(number: int) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def check(layout: str, watch: Watch, group: Any, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("preconditioner", ["shampoo", "spectral"])
+@pytest.mark.parametrize("preconditioner", ["shampoo", "spectral", "polar"])
 def test_no_step_waits_for_the_device(watch: Watch, ranks: Any, layout: str, preconditioner: str) -> None:
     for number, (where, how, grafting, momentum) in enumerate(CASES):
         if (where, how) == (layout, preconditioner):

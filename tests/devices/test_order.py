@@ -99,6 +99,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "none": {"grafting": "none"},
     "after": {"momentum": "after"},
     "spectral": {"preconditioner": "spectral", "matmul_precision": "medium"},
+    "polar": {"preconditioner": "polar", "matmul_precision": "medium"},
     "statistics-interval": {"statistics_interval": 3},
     "late": {"start_preconditioning_step": 5},
 }

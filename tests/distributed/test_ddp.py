@@ -65,6 +65,7 @@ def test_ways_of_reduction_accumulation_and_groups(pools: Pools, ddp: dict[str, 
         {"momentum": "after", "grafting": "rmsprop_normalized", "lr": 1e-3},
         {"exchange_dtype": "bfloat16"},
         {"preconditioner": "spectral", "direction_rms": 0.2},
+        {"preconditioner": "polar", "direction_rms": 0.2},
     ],
     ids=lambda changed: "-".join(map(str, changed.values())),
 )

@@ -119,10 +119,11 @@ EXPERTS = {"experts": 4, "expert_parallel": 2, "by_name": True}
         ({**SHARDED, "bf16": True}, []),
         ({"layer_wise": True, "bf16": True}, []),
         ({**SHARDED, "settings": {"preconditioner": "spectral", "root_dtype": "bfloat16"}}, []),
+        ({**SHARDED, "settings": {"preconditioner": "polar"}}, []),
     ],
     ids=[
         *("dp", "distributed", "pipeline", "experts"),
-        *("distributed-buckets", "distributed-bf16", "layer-wise-bf16", "spectral-bf16-roots"),
+        *("distributed-buckets", "distributed-bf16", "layer-wise-bf16", "spectral-bf16-roots", "polar"),
     ],
 )
 def test_it_resumes_bit_for_bit(

@@ -86,7 +86,9 @@ def largest_steps(zeros: int, beta: float, momentum: str, **changed: Any) -> tup
     zeros=st.sampled_from([1, 7, 20, 40, 100, 200]),
     beta=st.sampled_from([0.5, 0.9, 0.99, 1.0]),
     momentum=st.sampled_from(["before", "after"]),
-    changed=st.sampled_from([{}, {"preconditioner": "spectral"}, {"root_refresh_threshold": 0.05}]),
+    changed=st.sampled_from(
+        [{}, {"preconditioner": "spectral"}, {"preconditioner": "polar"}, {"root_refresh_threshold": 0.05}]
+    ),
 )
 @example(zeros=20, beta=0.5, momentum="before", changed={})
 @example(zeros=40, beta=0.5, momentum="before", changed={})

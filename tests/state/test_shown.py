@@ -113,7 +113,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
-@pytest.mark.parametrize("extra", [{}, {"root_refresh_threshold": 0.3}, {"preconditioner": "spectral"}], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{}, {"root_refresh_threshold": 0.3}, {"preconditioner": "spectral"}, {"preconditioner": "polar"}], ids=str
+)
 @pytest.mark.parametrize("steps", [0, 7])
 def test_torchs_checkpoints_go_round_bit_for_bit(tmp_path: Path, flat: bool, extra: dict[str, Any], steps: int) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)

@@ -9,13 +9,24 @@ from typing import TypeAlias
 import torch
 
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.preconditioners.polar import PolarPreconditioner
 from ds_shampoo.algorithm.preconditioners.protocol import Preconditioner
 from ds_shampoo.algorithm.preconditioners.shampoo import ShampooPreconditioner
 from ds_shampoo.algorithm.preconditioners.spectral import SpectralPreconditioner
 
-__all__ = ["PRECONDITIONERS", "Preconditioner", "ShampooPreconditioner", "SpectralPreconditioner"]
+__all__ = [
+    "PRECONDITIONERS",
+    "PolarPreconditioner",
+    "Preconditioner",
+    "ShampooPreconditioner",
+    "SpectralPreconditioner",
+]
 
 # From blocks of one shape, the device on which they are kept, and the dtype of roots between steps.
 Build: TypeAlias = Callable[[Sequence[Block], torch.device, torch.dtype], Preconditioner]
 
-PRECONDITIONERS: Mapping[str, Build] = {"shampoo": ShampooPreconditioner, "spectral": SpectralPreconditioner}
+PRECONDITIONERS: Mapping[str, Build] = {
+    "shampoo": ShampooPreconditioner,
+    "spectral": SpectralPreconditioner,
+    "polar": PolarPreconditioner,
+}

@@ -1,0 +1,33 @@
+"""Whitened momentum with a flat spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.orthogonal import flatten_spectrum
+from ds_shampoo.algorithm.preconditioners.shampoo import ShampooPreconditioner
+
+
+class PolarPreconditioner(ShampooPreconditioner):
+    """Shampoo's direction with its outliers cut off: the polar factor of the whitened momentum, about.
+
+    For a matrix polar(X_L V X_R) with roots of order 3: whitening goes on beyond Shampoo's order of 4, and few cubic
+    steps bring the large singular values to one. A third fewer products than Muon: 2 for statistics, 2 to whiten and
+    2 a step.
+    """
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(blocks, device, root_dtype)
+        self.root_order = -(-3 * len(self.factors) // 2)  # 3 for a matrix; 2 where one side has a root, 5 for three
+
+    def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
+        """The directions; a block of more than two dimensions is flattened as its first against the others."""
+        whitened = super().apply(vectors, scratch)
+        other = scratch if whitened is vectors else vectors
+        count, rows = len(whitened), self.blocks[0].matrix_shape[0]
+        flatten_spectrum(whitened.view(count, rows, -1), other.view(count, rows, -1))
+        return other
