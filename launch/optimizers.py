@@ -151,7 +151,7 @@ class TorchMuon(ByRole):
     ) -> None:
         """
         Args:
-            momentum, momentum_start, momentum_warmup: it rises from `momentum_start` to `momentum` within so many steps.
+            momentum, momentum_start, momentum_warmup: it rises from the second to the first within so many steps.
             nesterov, ns_steps: torch.optim.Muon's own.
             by_role: ByRole's.
         """
