@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Iterable
 
@@ -10,6 +11,14 @@ from torch.nn import functional as F
 
 # The standard deviation of GPT-2's initial weights (Radford et al. 2019, section 2.3).
 INIT_STD = 0.02
+
+
+class ResidualLayer(nn.Module, abc.ABC):
+    """A layer that adds the outputs of its branches to its input; `initialise` asks it where they end."""
+
+    @abc.abstractmethod
+    def branch_ends(self) -> Iterable[nn.Linear]:
+        """The matrices that write to the residual stream."""
 
 
 class SelfAttention(nn.Module):
@@ -62,7 +71,7 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
-class Layer(nn.Module):
+class Layer(ResidualLayer):
     """A layer of an encoder, or with `causal` of a decoder that looks at nothing else."""
 
     def __init__(self, d_model: int, heads: int, *, causal: bool = False) -> None:
@@ -77,7 +86,6 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def branch_ends(self) -> Iterable[nn.Linear]:
-        """The matrices that write to the residual stream."""
         return self.attention.out, self.mlp.down
 
 
@@ -101,7 +109,7 @@ class CrossLayer(Layer):
 def initialise(model: nn.Module) -> None:
     """Normal weights; those that write to the residual stream smaller, so that its variance doesn't grow with depth."""
     model.apply(_initialise)
-    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    layers = [module for module in model.modules() if isinstance(module, ResidualLayer)]
     ends = [end for layer in layers for end in layer.branch_ends()]
     for end in ends:
         nn.init.normal_(end.weight, std=INIT_STD / math.sqrt(len(ends)))

@@ -1,4 +1,4 @@
-"""A plain byte-level GPT: the model that pretrain_gpt.py trains."""
+"""The GPT-2-like model of pretrain_gpt.py, and the size and kind of either model that it trains."""
 
 from __future__ import annotations
 
@@ -10,16 +10,31 @@ from torch.nn import functional as F
 
 from transformer import Layer, initialise
 
+# "gpt2" is this file's GPT, "modern" is that of modern.py.
+ARCHITECTURES = ("gpt2", "modern")
+# The feed-forward halves that a modern GPT has a choice of.
+MLPS = ("gated", "squared_relu")
+
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The model's size; the defaults make 3.3 million parameters."""
+    """The model's size and kind; the defaults make 3.3 million parameters. `build.build_gpt` makes the model.
+
+    Attributes:
+        architecture: one of ARCHITECTURES.
+        mlp: one of MLPS, of the modern architecture only.
+
+    Raises:
+        ValueError: where a size is impossible or a kind unknown; the message names the field and what is allowed.
+    """
 
     layers: int = 4
     d_model: int = 256
     heads: int = 4
     context: int = 256
     vocab: int = 256
+    architecture: str = "gpt2"
+    mlp: str = "gated"
 
     def __post_init__(self) -> None:
         for name in ("layers", "d_model", "heads", "context", "vocab"):
@@ -27,10 +42,22 @@ class GPTConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         if self.d_model % self.heads:
             raise ValueError(f"d_model = {self.d_model}: must be divisible by heads = {self.heads}")
+        for name, allowed in (("architecture", ARCHITECTURES), ("mlp", MLPS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        if self.architecture == "modern" and self.head_width % 2:
+            raise ValueError(
+                f"d_model = {self.d_model} with heads = {self.heads}: rotary positions turn pairs of features, "
+                f"so d_model / heads must be even, not {self.head_width}"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.heads
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer over bytes, with learned positions and an untied output head."""
+    """GPT-2's kind of decoder: LayerNorm, GELU, learned positions and an untied output head."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
