@@ -8,10 +8,20 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 
 from ds_shampoo.algorithm.precision import MatmulPrecision
 from ds_shampoo.algorithm.preconditioners import PRECONDITIONERS
+from ds_shampoo.algorithm.preconditioners.defaults import LEFT_OPEN, filled
 from ds_shampoo.auxiliary import (
     AUXILIARY_ROLES,
     ROLE_SYNONYMS,
@@ -20,43 +30,7 @@ from ds_shampoo.auxiliary import (
     plain_spelling,
     resembles_a_key,
 )
-
-
-def parse_cores(cores: object) -> object:
-    """A list of cores, also from a string like "0-3,8", as DeepSpeed's `--bind_core_list` takes it; "auto" stays.
-
-    Raises:
-        ValueError: for anything else, and for a core that is named twice.
-    """
-    if cores == "auto":
-        return cores
-    if isinstance(cores, str):
-        cores = [core for part in cores.split(",") for core in _core_run(part.strip())]
-    if not isinstance(cores, list) or not cores or not all(type(core) is int and core >= 0 for core in cores):
-        raise ValueError('must be "auto", a list of core numbers, or a string like "0-3,8"')
-    if len(set(cores)) < len(cores):
-        raise ValueError("must not name a core twice")
-    return cores
-
-
-def parse_parts(parts: object) -> object:
-    """How a matrix divides that others were fused into: in so many equal parts, or in parts of these lengths.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    lengths = parts if isinstance(parts, list) and parts else [parts]
-    if not all(type(length) is int and length > 0 for length in lengths):
-        raise ValueError("must be a number of equal parts, or a list of the parts' lengths, each at least 1")
-    return parts
-
-
-def _core_run(text: str) -> list[object]:
-    """The cores of "5" or "2-4"; [None] for anything else."""
-    first, dash, last = text.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()):
-        return [None]
-    return [*range(int(first), int(last if dash else first) + 1)] or [None]
+from ds_shampoo.values import parse_cores, parse_length, parse_parts
 
 
 def _known_preconditioner(name: str) -> str:
@@ -72,6 +46,7 @@ Eps = Annotated[float, Field(ge=1e-30, le=1e3)]
 LARGEST_RATE = 1e6
 Rate = Annotated[float, Field(ge=0, le=LARGEST_RATE)]
 Decay = Annotated[float, Field(ge=0, le=1e3)]
+StatisticsBeta = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Grafting = Literal[
     "none",
@@ -143,13 +118,12 @@ class SettingsError(ValueError):
     """A setting that Shampoo refuses; the message names the key, the value and what is allowed."""
 
 
-class GroupSettings(BaseModel):
-    """What each param group may set for itself. `docs/algorithm.md` gives every formula."""
+class _Common(BaseModel):
+    """What has one default, whatever the preconditioner is."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     lr: Rate = 1e-3
-    betas: Betas = (0.95, 0.95)
     eps: Eps = 1e-8
     weight_decay: Decay = 0.0
     # A role's own; `settings_by_role` says what None stands for.
@@ -170,8 +144,6 @@ class GroupSettings(BaseModel):
     nesterov: bool = True
     grafting: Grafting = "adam"
     preconditioner: Annotated[str, AfterValidator(_known_preconditioner)] = "shampoo"
-    # The root mean square of a block's direction in place of the grafting step's norm.
-    direction_rms: Annotated[float, Field(ge=1e-10, le=1e6)] | None = None
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
     # Of the elements of a block's largest factor to the block's.
@@ -183,10 +155,7 @@ class GroupSettings(BaseModel):
     # A root of order 64 brings eigenvalues that are a factor of 40 apart to within 6 per cent of each other's.
     inverse_exponent_override: Annotated[int, Field(ge=1, le=64)] | None = None
     start_preconditioning_step: PositiveInt = 1
-    statistics_beta: Annotated[float, Field(gt=0, le=1)] = 0.5
     statistics_interval: PositiveInt = 1
-    matmul_precision: MatmulPrecision = "highest"
-    root_interval: PositiveInt = 10
     root_method: Literal["eigh", "newton"] = "eigh"
     root_dtype: Dtype = "float32"
     # Two statistics of norm 1 are at most sqrt(2) apart.
@@ -194,8 +163,36 @@ class GroupSettings(BaseModel):
     max_root_failures: PositiveInt = 5
 
 
-class ShampooConfig(GroupSettings):
-    """Everything the JSON's `optimizer.params` section may hold: the group settings and the job-wide ones."""
+class GroupSettings(_Common):
+    """What each param group may set for itself. `docs/algorithm.md` gives every formula.
+
+    What its preconditioner has a default for takes that where it is missing or None.
+    """
+
+    betas: Betas
+    # The root mean square of a block's direction, or its grafting step's norm.
+    direction_rms: Annotated[float | Literal["grafting"], BeforeValidator(parse_length)]
+    statistics_beta: StatisticsBeta
+    matmul_precision: MatmulPrecision
+    root_interval: PositiveInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return filled(settings)
+
+
+class ShampooConfig(_Common):
+    """Everything the JSON's `optimizer.params` section may hold: the group settings and the job-wide ones.
+
+    Those that a preconditioner has a default for are None where nobody set them.
+    """
+
+    betas: Betas | None = None
+    direction_rms: Annotated[float | Literal["grafting"] | None, BeforeValidator(parse_length)] = None
+    statistics_beta: StatisticsBeta | None = None
+    matmul_precision: MatmulPrecision | None = None
+    root_interval: PositiveInt | None = None
 
     # By patterns of parameters' names.
     roles: dict[str, Literal["weight", "embedding", "head", "lora", "none"]] | None = None
@@ -208,6 +205,10 @@ class ShampooConfig(GroupSettings):
     root_cores: Annotated[Literal["auto"] | list[int], BeforeValidator(parse_cores)] = "auto"
     # Seconds that one root may take; a thread at it for longer is taken to hang.
     root_timeout: Annotated[float, Field(gt=0, le=1e6)] = 120.0
+
+    def of_group(self) -> GroupSettings:
+        """What the settings come to in a param group that has none of its own."""
+        return GroupSettings(**{key: getattr(self, key) for key in GroupSettings.model_fields})
 
 
 def settings_by_role(settings: GroupSettings) -> dict[SettingsRole, RoleSettings]:
@@ -225,7 +226,7 @@ def settings_by_role(settings: GroupSettings) -> dict[SettingsRole, RoleSettings
     return found
 
 
-_Settings = TypeVar("_Settings", bound=GroupSettings)
+_Settings = TypeVar("_Settings", bound=_Common)
 
 # Each rank's own affair; all else decides what is computed, and is the same on all ranks.
 OF_THE_MACHINE = frozenset({"root_threads", "root_cores", "root_timeout"})
@@ -247,8 +248,8 @@ def parse(settings: Mapping[str, Any]) -> ShampooConfig:
             "Shampoo setting 'root_delay' = 0: with root_overlap a root is put in force 1 to root_interval steps "
             "after its statistics; for roots computed within the step set root_overlap to false"
         )
-    check_delay(config, config.root_delay)
-    _check_combinations(config)
+    check_delay(config.of_group(), config.root_delay)
+    _check_combinations(config.of_group())
     return config
 
 
@@ -290,7 +291,7 @@ def _check_combinations(settings: GroupSettings) -> None:
 
 
 def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupSettings:
-    """Checks one param group's own settings over the optimizer's defaults.
+    """Checks one param group's own settings over the optimizer's, and both over its preconditioner's defaults.
 
     Keys foreign to Shampoo are left alone (frameworks tag their groups) unless they look like a misspelt one, or are
     what others call one of Shampoo's.
@@ -311,6 +312,7 @@ def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupS
     if not isinstance(preconditioned, bool):
         raise SettingsError(f"param group key 'preconditioned' = {preconditioned!r}: must be true or false")
     known = {key: value for key, value in own.items() if key in GroupSettings.model_fields}
+    known = {key: value for key, value in known.items() if value is not None or key not in LEFT_OPEN}
     settings = _validate(GroupSettings, {**defaults, **known})
     _check_combinations(settings)
     return settings

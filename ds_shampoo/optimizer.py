@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
+from ds_shampoo.algorithm.preconditioners.defaults import LEFT_OPEN
 from ds_shampoo.config import (
     Dtype,
     Grafting,
@@ -45,7 +46,8 @@ class Shampoo(StatefulOptimizer):
         params: parameters, (name, parameter) pairs, or param-group dicts. A group may set every key from `lr` to
             `max_root_failures` for itself, and `"preconditioned": False` to take the grafting step only.
         lr: learning rate; with the default grafting it means what it means to Adam.
-        betas: decay of the gradient's average and of the grafting method's second moment.
+        betas: decay of the gradient's average and of the grafting method's second moment; this and four other keys
+            are the preconditioner's own where they are None in the param group and here.
         eps: added to the root of the second moment.
         weight_decay, decoupled_weight_decay: AdamW's decay; L2 where the latter is False.
         embedding_lr_scale, head_lr_scale, vector_lr_scale: learning rates of embeddings, of output heads, and of all
@@ -60,8 +62,8 @@ class Shampoo(StatefulOptimizer):
             with "_normalized".
         preconditioner: "shampoo"; "spectral": spectral descent in the coordinates that the statistics give; or "polar":
             the whitened momentum with its outliers cut off.
-        direction_rms: every preconditioned block's direction gets this root mean square per element; None for the
-            norm of its grafting step.
+        direction_rms: every preconditioned block's direction gets this root mean square per element, or with "grafting"
+            the norm of its grafting step; None for the preconditioner's own.
         block_size: dimensions are cut at multiples of this.
         max_preconditioner_dim: a larger dimension is left unpreconditioned; None for no limit.
         max_factor_ratio: a block's longest side is cut shorter where its factor would have more than so many times the
@@ -91,7 +93,7 @@ class Shampoo(StatefulOptimizer):
         exchange_dtype: "float32" or "bfloat16", of what travels between ranks.
         root_overlap: compute roots on background host threads; False computes them within the step.
         root_delay: steps from a root's statistics to the step at which it is put in force, at most root_interval;
-            None for half of that, or for 0 without root_overlap.
+            None for half of that (for "spectral" 5 at most), or for 0 without root_overlap.
         root_threads: root threads of this rank; None for one per core of its own that training leaves, up to 8.
         root_cores: cores for the root threads of all ranks of a machine, a list or a string like "0-3,8"; "auto"
             for each rank's own.
@@ -109,7 +111,7 @@ class Shampoo(StatefulOptimizer):
         self,
         params: Iterable[Tensor] | NamedParameters | Iterable[dict[str, Any]],
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
@@ -130,7 +132,7 @@ class Shampoo(StatefulOptimizer):
         nesterov: bool = True,
         grafting: Grafting = "adam",
         preconditioner: str = "shampoo",
-        direction_rms: float | None = None,
+        direction_rms: float | Literal["grafting"] | None = None,
         block_size: int = 1024,
         max_preconditioner_dim: int | None = None,
         max_factor_ratio: float | None = 16.0,
@@ -139,10 +141,10 @@ class Shampoo(StatefulOptimizer):
         matrix_epsilon: float = 1e-6,
         inverse_exponent_override: int | None = None,
         start_preconditioning_step: int = 1,
-        statistics_beta: float = 0.5,
+        statistics_beta: float | None = None,
         statistics_interval: int = 1,
-        matmul_precision: MatmulPrecision = "highest",
-        root_interval: int = 10,
+        matmul_precision: MatmulPrecision | None = None,
+        root_interval: int | None = None,
         root_method: Literal["eigh", "newton"] = "eigh",
         root_dtype: Dtype = "float32",
         root_refresh_threshold: float = 0.0,
@@ -169,8 +171,7 @@ class Shampoo(StatefulOptimizer):
         parameters = Parameters(model, layout or layout_for(model, params), config)
         subgroups = Subgroups(config, parameters.layout, parameters.model_order)
         self._use(parameters, subgroups, GroupRecords(config, subgroups))
-        defaults = {key: getattr(config, key) for key in GroupSettings.model_fields}
-        super().__init__(params, defaults)
+        super().__init__(params, config.of_group().model_dump())
         if layout is None:
             unbound.add(self)
         if layout is None and waits_to_be_bound():
@@ -211,7 +212,7 @@ class Shampoo(StatefulOptimizer):
 
     def _use(self, parameters: Parameters, subgroups: Subgroups, records: GroupRecords) -> None:
         super()._use(parameters, subgroups, records)
-        self._announcement = Announcement(subgroups, parameters)
+        self._announcement = Announcement(subgroups, parameters, records.origins)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters or (name, parameter) pairs, with settings of its own.
@@ -219,15 +220,17 @@ class Shampoo(StatefulOptimizer):
         Raises:
             SettingsError: for a setting that is refused, a sparse or complex parameter, or a name used twice.
         """
-        known = {key: self.defaults[key] for key in GroupSettings.model_fields}  # torch adds keys of its own on loading
-        settings = parse_group(param_group, known)
+        left_open = {key for key in LEFT_OPEN if getattr(self._config, key) is None}
+        own_keys = GroupSettings.model_fields.keys() - left_open  # torch adds others on loading
+        settings = parse_group(param_group, {key: self.defaults[key] for key in own_keys})
         check_delay(settings, self._config.root_delay)
         params = param_group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
         logical = self._parameters.group(members, param_group, self._subgroups.logical)
         own = {**param_group, **settings.model_dump(), "group_index": len(self._subgroups.logical)}
         super().add_param_group({**own, "params": [parameter.tensor for parameter in logical]})
-        self._records.add(own)
+        own_settings = {key for key, value in param_group.items() if value is not None}
+        self._records.add(own, by_group=LEFT_OPEN & own_settings, by_optimizer=LEFT_OPEN - left_open)
         self._subgroups.add(logical, settings)
         self._given_names.update({id(member[1]): member[0] for member in members if isinstance(member, tuple)})
 

@@ -34,7 +34,7 @@ CHOICES = [
     "newton",
     "eigh",
 ]
-CHOICES += ["before", "after", "bfloat16", "float32", "medium", "blocked", "one_sided"]
+CHOICES += ["grafting", "before", "after", "bfloat16", "float32", "medium", "blocked", "one_sided"]
 
 # A model's threads and caches are no matter of a setting's value.
 KEYS = sorted(set(ShampooConfig.model_fields) - {"root_cores"})

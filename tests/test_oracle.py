@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "embedding": "diagonal",
     "matrix_epsilon": 1e-3,
     "preconditioner": "shampoo",
-    "direction_rms": None,
+    "direction_rms": "grafting",
     "inverse_exponent_override": None,
     "start_preconditioning_step": 1,
     "statistics_beta": 0.9,
@@ -205,7 +205,7 @@ class Oracle:
                 d = self.rooted(block, blocks["on"], orthogonal(d))
             if s["preconditioner"] == "polar":
                 d = flattened(d)
-            if s["direction_rms"] is not None:
+            if s["direction_rms"] != "grafting":
                 d = d * s["direction_rms"] * d.numel() ** 0.5 / d.norm()
             elif s["grafting"] != "none":
                 d = d * (u[place].norm() / d.norm()) if d.norm() > 0 else torch.zeros_like(d)

@@ -21,7 +21,7 @@ LAYERS = (
     ("sharding",),
     ("accelerators",),
     ("config",),
-    ("auxiliary",),
+    ("auxiliary", "values"),
     ("algorithm",),
 )
 # A framework's folder may build on another's where both are at work in one job.

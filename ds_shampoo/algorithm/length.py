@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def target_squares(grafted: Tensor, numel: int, direction_rms: float | None, grafting: str) -> Tensor | None:
+def target_squares(grafted: Tensor, numel: int, direction_rms: float | str, grafting: str) -> Tensor | None:
     """The squared norms that directions are brought to; None to leave them as they are.
 
     Args:
@@ -14,7 +14,7 @@ def target_squares(grafted: Tensor, numel: int, direction_rms: float | None, gra
         numel: of a block.
         direction_rms, grafting: the settings of these names.
     """
-    if direction_rms is not None:
+    if isinstance(direction_rms, float):
         return torch.full_like(grafted, direction_rms**2 * numel).add_(grafted - grafted)  # NaN stays
     return grafted if grafting != "none" else None
 

@@ -9,6 +9,7 @@ from typing import Any
 from ds_shampoo.algorithm import multi_tensor, products
 from ds_shampoo.parameters import wrappers
 from ds_shampoo.parameters.reading import Parameters
+from ds_shampoo.report.origins import Origins, describe_settings
 from ds_shampoo.report.table import concerns, render
 from ds_shampoo.step.subgroups import Subgroups
 
@@ -18,8 +19,9 @@ logger = logging.getLogger("ds_shampoo")
 class Announcement:
     """Says it when it is complete, and again when subgroups have come later."""
 
-    def __init__(self, subgroups: Subgroups, parameters: Parameters) -> None:
-        self._subgroups, self._parameters = subgroups, parameters
+    def __init__(self, subgroups: Subgroups, parameters: Parameters, origins: Origins) -> None:
+        """`origins` tells where a param group has its settings from."""
+        self._subgroups, self._parameters, self._origins = subgroups, parameters, origins
         self._announced = 0
         self._said: set[str] = set()
 
@@ -29,8 +31,10 @@ class Announcement:
         devices |= {param.device for _, params in self._subgroups.stand_ins(groups) for param in params}
         tables = render([sharded.table for sharded in self._subgroups.groups])
         services = "\n".join(workplace.service.describe() for workplace in self._subgroups.workplaces)
-        first = next(iter(self._subgroups.workplaces)).service.device
-        return "\n".join([f"{tables}{services}", products.describe(first), multi_tensor.describe(devices)])
+        service = next(iter(self._subgroups.workplaces)).service
+        first = service.device
+        settings = describe_settings(groups, self._origins, service.delay)
+        return "\n".join([f"{tables}{settings}", services, products.describe(first), multi_tensor.describe(devices)])
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Logs it if it is whole and not logged yet, on the first rank of those that share it."""

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from ds_shampoo.algorithm.preconditioners.defaults import usual_delay
 from ds_shampoo.config import GroupSettings, SettingsError, ShampooConfig
 from ds_shampoo.roots.cores import CorePlan, format_cores, plan_cores, this_machine
 from ds_shampoo.roots.jobs import RootAnswer, RootJob
@@ -54,7 +55,7 @@ class RootService:
         """Steps from a root's boundary to the step at which it is put in force."""
         if self._delay is not None:
             return self._delay
-        return (settings.root_interval + 1) // 2 if self._pool is not None else 0
+        return usual_delay(settings.preconditioner, settings.root_interval) if self._pool is not None else 0
 
     def begin_step(self) -> None:
         """To be called before the step's first statistics, which would overwrite what snapshots still read."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ds_shampoo.algorithm.preconditioners.defaults import LEFT_OPEN
 from ds_shampoo.config import GroupSettings, ShampooConfig, check_delay, checked_settings, present_settings
 from ds_shampoo.state import resuming
 from ds_shampoo.step.subgroups import Subgroups
@@ -16,16 +17,25 @@ class GroupRecords:
     def __init__(self, config: ShampooConfig, subgroups: Subgroups) -> None:
         self._config, self._subgroups = config, subgroups
         self._made: list[dict[str, Any]] = []
+        self._set: list[tuple[Collection[str], Collection[str]]] = []  # by the group, by the optimizer
         self._good: dict[int, tuple[dict[str, Any], GroupSettings]] = {}
 
-    def add(self, group: Mapping[str, Any]) -> None:
-        """Remembers a param group as it is made."""
+    def add(self, group: Mapping[str, Any], *, by_group: Collection[str], by_optimizer: Collection[str]) -> None:
+        """Remembers a param group as it is made, and which of `LEFT_OPEN` were set for it, and for all groups."""
         self._made.append({key: value for key, value in group.items() if key != "params"})
+        self._set.append((by_group, by_optimizer))
+
+    def origins(self, group: Mapping[str, Any]) -> dict[str, str]:
+        """Where a group has each setting from that its preconditioner has a default for."""
+        made, (by_group, by_optimizer) = self._made[group["group_index"]], self._set[group["group_index"]]
+        found = dict.fromkeys(sorted(LEFT_OPEN), "its own")
+        found |= dict.fromkeys(by_optimizer, "set for all") | dict.fromkeys(by_group, "set for the group")
+        return found | {key: "changed since" for key in LEFT_OPEN if not resuming.same(group[key], made[key])}
 
     def over(self, subgroups: Subgroups) -> GroupRecords:
         """The same param groups as they were made, over other subgroups; their settings are looked at anew."""
         found = GroupRecords(self._config, subgroups)
-        found._made = list(self._made)
+        found._made, found._set = list(self._made), list(self._set)
         return found
 
     @property

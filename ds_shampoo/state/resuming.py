@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.preconditioners.defaults import GRAFTING
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.config import GroupSettings, SettingsError
 from ds_shampoo.sharding.partition import LogicalParameter
@@ -29,13 +30,21 @@ _ALWAYS = ("lr", "initial_lr")
 
 def changed(group: Mapping[str, Any], constructed: Mapping[str, Any]) -> set[str]:
     """The keys of a param group that were changed or added since it was made."""
-    return {key for key, value in group.items() if key != "params" and not _same(value, constructed.get(key, group))}
+    return {key for key, value in group.items() if key != "params" and not same(value, constructed.get(key, group))}
 
 
 def scheduled(group: Mapping[str, Any], constructed: Mapping[str, Any]) -> dict[str, Any]:
     """What of a param group a checkpoint brings back into a job with other settings."""
     keys = changed(group, constructed) | {key for key in _ALWAYS if key in group}
     return {key: group[key] for key in sorted(keys)}
+
+
+def _of_today(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved param group; earlier releases had None, or no such key, for directions as long as the grafting steps."""
+    found = dict(group)
+    if found.get("direction_rms") is None:
+        found["direction_rms"] = GRAFTING
+    return found
 
 
 def with_present_settings(
@@ -45,13 +54,14 @@ def with_present_settings(
 
     What a scheduler made of them after the save, in a job that rolls back, is gone.
     """
+    found = map(_of_today, state_dict["param_groups"])
     return [
         {
             **{key: value for key, value in present.items() if key != "params"},
             **{key: made[key] for key in GroupSettings.model_fields if key in made},
             **{key: saved[key] for key in ("params", *_ALWAYS, *saved.get(CHANGED, ())) if key in saved},
         }
-        for saved, present, made in zip(state_dict["param_groups"], groups, constructed, strict=True)
+        for saved, present, made in zip(found, groups, constructed, strict=True)
     ]
 
 
@@ -66,6 +76,7 @@ def adapted(
         SettingsError: if it is not Shampoo's, its blocks were cut with other settings, or one does not fit.
     """
     check_groups(state_dict, groups)
+    state_dict = {**state_dict, "param_groups": [_of_today(group) for group in state_dict["param_groups"]]}
     check_fits(state_dict, groups)
     whole = [
         {**{key: present[key] for key in GroupSettings.model_fields}, **saved}
@@ -118,7 +129,7 @@ def check_fits(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]
         if "block_size" not in saved:
             raise SettingsError("this is not a state of Shampoo: its param groups have no 'block_size'")
         for key in GroupSettings.model_fields:
-            if key not in saved or _same(saved[key], present[key]):
+            if key not in saved or same(saved[key], present[key]):
                 continue
             before, now = saved[key], present[key]
             if key in STRUCTURAL:
@@ -247,7 +258,7 @@ def restore_exactly(
                 state[param][key] = value.detach().to(param.device, copy=True)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two values of a setting are equal; a list and a tuple of the same numbers are."""
     a, b = (tuple(value) if isinstance(value, list) else value for value in (a, b))
     if isinstance(a, Tensor) or isinstance(b, Tensor):

@@ -1,6 +1,7 @@
 """Preconditioners: a stack of equal-shaped blocks at their owner, its state, and what it does to a gradient.
 
-A new one is a file here and a line in `PRECONDITIONERS`, whose keys are what the setting "preconditioner" may say.
+A new one is a file here, a line in `PRECONDITIONERS`, whose keys are what the setting "preconditioner" may say, and one
+in `defaults.DEFAULTS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

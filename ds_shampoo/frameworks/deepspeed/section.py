@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ds_shampoo.algorithm.preconditioners.defaults import filled
 from ds_shampoo.config import SettingsError, ShampooConfig
 from ds_shampoo.frameworks.deepspeed import internals
 
@@ -77,7 +78,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise SettingsError(
                 f"Shampoo setting '{key}' = \"auto\": nobody has filled it in. Hugging Face's Trainer does so for "
                 "lr, betas, eps and weight_decay, Accelerate for lr and weight_decay; give a value, or leave it out "
-                f"for {ShampooConfig.model_fields[key].default!r}"
+                f"for {filled(params or {}).get(key, ShampooConfig.model_fields[key].default)!r}"
             )
 
 
@@ -111,7 +112,7 @@ def say_whose_betas(settings: Mapping[str, Any]) -> None:
     in_use = getattr(sys.modules.get("transformers.integrations.deepspeed"), "deepspeed_config", None)
     if in_use is None or in_use() is None or int(os.environ.get("RANK", "0")):
         return
-    betas, own = settings.get("betas"), ShampooConfig.model_fields["betas"].default
+    betas, own = settings.get("betas"), filled({**settings, "betas": None})["betas"]
     if isinstance(betas, list | tuple) and tuple(betas) == _ADAMS_BETAS:
         logger.warning(
             "betas = %s are Adam's, the default of TrainingArguments, which \"auto\" takes; Shampoo's own are %s: "

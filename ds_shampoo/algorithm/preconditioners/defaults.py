@@ -1,0 +1,48 @@
+"""What settings come to where nobody sets them: what belongs to a preconditioner comes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+# The word for a direction as long as its block's grafting step.
+GRAFTING = "grafting"
+
+_SHAMPOOS: dict[str, Any] = {
+    "betas": (0.95, 0.95),
+    "direction_rms": GRAFTING,
+    "statistics_beta": 0.5,
+    "root_interval": 10,
+    "matmul_precision": "highest",
+}
+# 0.2 is the root mean square of Adam's usual step (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982).
+_ORTHOGONALS = {**_SHAMPOOS, "direction_rms": 0.2, "statistics_beta": 0.95}
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "shampoo": MappingProxyType(_SHAMPOOS),
+        "spectral": MappingProxyType({**_ORTHOGONALS, "root_interval": 50}),
+        "polar": MappingProxyType(_ORTHOGONALS),
+    }
+)
+# The settings that a preconditioner has defaults for.
+LEFT_OPEN = frozenset(_SHAMPOOS)
+# The most steps from a root's statistics to its use where `root_delay` is not set.
+_LONGEST_DELAYS = {"spectral": 5}
+
+
+def filled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, and for those of `LEFT_OPEN` that are missing or None their preconditioner's own.
+
+    A preconditioner that nobody knows is left to whoever checks the settings.
+    """
+    name = settings.get("preconditioner", "shampoo")
+    own = DEFAULTS.get(name, _SHAMPOOS) if isinstance(name, str) else _SHAMPOOS
+    return {**settings, **{key: value for key, value in own.items() if settings.get(key) is None}}
+
+
+def usual_delay(preconditioner: str, root_interval: int) -> int:
+    """Steps from a root's statistics to its use: half of the interval, rounded up; under "spectral" 5 at most."""
+    half = (root_interval + 1) // 2
+    return min(half, _LONGEST_DELAYS.get(preconditioner, half))
