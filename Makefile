@@ -2,9 +2,11 @@
 
 PYTHON ?= python3
 OPTIMIZER ?= shampoo
+ARCHITECTURE ?= modern
 CONFIG ?= configs/gpt_zero2_$(OPTIMIZER).json
 NAME ?= $(OPTIMIZER)
 STEPS ?=
+VOCABULARY ?=
 DATA ?=
 SEED ?=
 PROTOCOL ?= small
@@ -40,7 +42,8 @@ RANKS := tests/distributed tests/launch tests/megatron_models
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 	@echo
-	@echo "make pretrain takes OPTIMIZER=shampoo|spectral|adamw GPUS=ranks STEPS= SEED= NAME= DATA=file-or-folder CONFIG=json"
+	@echo "make pretrain takes OPTIMIZER=shampoo|spectral|adamw ARCHITECTURE=modern|gpt2 VOCABULARY=bytes|size GPUS=ranks"
+	@echo "              STEPS= SEED= NAME= DATA=file-or-folder CONFIG=json"
 	@echo "make evidence takes PROTOCOL=small|full STUDY=\"some of its names\""
 
 setup: $(DONE)/ops $(if $(DATA),,data/gutenberg)  ## the environment, DeepSpeed's ops and the corpus
@@ -48,6 +51,7 @@ setup: $(DONE)/ops $(if $(DATA),,data/gutenberg)  ## the environment, DeepSpeed'
 pretrain: setup unlock  ## pretrain a GPT through the deepspeed launcher; call again to resume
 	$(ACTIVATE) deepspeed --num_gpus $(GPUS) --master_port $$(python -c '$(FREE_PORT)') \
 		launch/pretrain_gpt.py --deepspeed_config $(CONFIG) --name $(NAME) \
+		--architecture $(ARCHITECTURE) $(if $(VOCABULARY),--vocabulary $(VOCABULARY)) \
 		$(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) $(if $(DATA),--data $(DATA))
 
 test: $(DONE)/ops unlock  ## the tests, in two lanes beside each other; leaves coverage data for `make coverage`

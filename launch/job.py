@@ -90,7 +90,7 @@ class Trainer:
         grad_norm = self.engine.get_global_grad_norm()
         record = {
             "step": step,
-            "loss": loss,
+            **self.task.training_record(loss),
             "lr": learning_rate,
             self.task.unit: step * units,
             f"{self.task.unit}_per_s": round(units / duration, 1),

@@ -19,7 +19,12 @@ def parse_arguments(description: str) -> argparse.Namespace:
     model.add_argument("--seq-length", type=int, default=128, help="tokens of a sample (default: %(default)s)")
     model.add_argument("--swiglu", action="store_true", help="gated feed-forward layers")
     model.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
+    model.add_argument("--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute")
+    model.add_argument("--disable-bias-linear", action="store_true", help="layers without biases")
     model.add_argument("--untie-embeddings-and-output-weights", action="store_true")
+    model.add_argument(
+        "--recompute-activations", action="store_true", help="attention's core is computed again in the backward pass"
+    )
     parallel = parser.add_argument_group("parallelism")
     parallel.add_argument(
         "--tensor-model-parallel-size",
@@ -55,6 +60,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     for number, divisor in (
         ("hidden_size", "num_attention_heads"),
         ("num_attention_heads", "tensor_model_parallel_size"),
+        ("num_attention_heads", "num_query_groups" if arguments.num_query_groups else None),
         ("num_layers", "pipeline_model_parallel_size"),
         ("seq_length", "tensor_model_parallel_size" if arguments.sequence_parallel else None),
     ):

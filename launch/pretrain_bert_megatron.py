@@ -29,6 +29,7 @@ def build_model(arguments: argparse.Namespace, config: TransformerConfig, vocabu
         bert_layer_local_spec,
         vocabulary,
         arguments.seq_length,
+        position_embedding_type=arguments.position_embedding_type,
         share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
     )
 

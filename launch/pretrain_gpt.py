@@ -1,4 +1,4 @@
-"""Pretrains a byte-level GPT with the optimizer that a DeepSpeed JSON names, under the `deepspeed` launcher.
+"""Pretrains a GPT with the optimizer that a DeepSpeed JSON names, under the `deepspeed` launcher.
 
     deepspeed --num_gpus 2 launch/pretrain_gpt.py --deepspeed_config configs/gpt_zero2_shampoo.json
 
@@ -12,8 +12,8 @@ import argparse
 import command_line
 import job
 from gpt.data import CorpusError, load_corpus
-from gpt.model import GPTConfig
-from gpt.task import GPTTask, add_arguments
+from gpt.task import GPTTask, add_arguments, config_of
+from gpt.tokens import BYTES, as_bpe, as_bytes
 
 
 def main() -> None:
@@ -25,18 +25,23 @@ def main() -> None:
     )
     add_arguments(parser)
     arguments = command_line.parse(parser)
-    if arguments.d_model % arguments.heads:
-        parser.error(f"--d-model {arguments.d_model} must be divisible by --heads {arguments.heads}")
+    try:
+        config_of(arguments)
+    except ValueError as error:
+        parser.error(str(error))
     job.main(arguments, make_task)
 
 
 def make_task(arguments: argparse.Namespace) -> GPTTask:
-    config = GPTConfig(arguments.layers, arguments.d_model, arguments.heads, arguments.context)
+    config = config_of(arguments)
     try:
         corpus = load_corpus(arguments.data, config.context)
+        tokens = (
+            as_bytes(corpus) if arguments.vocabulary == BYTES else as_bpe(corpus, arguments.vocabulary, config.context)
+        )
     except CorpusError as error:
         raise job.DataError(str(error)) from None
-    return GPTTask(corpus, config, arguments.eval_windows)
+    return GPTTask(tokens, config, arguments.eval_windows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def build_model(arguments: argparse.Namespace, config: TransformerConfig, vocabu
         get_gpt_layer_local_spec(normalization=arguments.normalization),
         vocabulary,
         arguments.seq_length,
-        position_embedding_type="learned_absolute",
+        position_embedding_type=arguments.position_embedding_type,
         share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
     )
 
@@ -38,6 +38,7 @@ def build_pipeline(arguments: argparse.Namespace, config: TransformerConfig, voc
         get_gpt_layer_local_spec(normalization=arguments.normalization),
         vocabulary,
         arguments.seq_length,
+        position_embedding_type=arguments.position_embedding_type,
         share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
         seed=arguments.seed,
     )

@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ $# -lt 3 ]; then
-    echo "usage: [HOSTFILE=file] $0 1.3b|6.7b|13b DATA_PREFIX RUN_FOLDER [flags of pretrain_gpt_megatron.py]" >&2
+    echo "usage: [HOSTFILE=file] $0 1.3b|6.7b|13b|70b DATA_PREFIX RUN_FOLDER [flags of pretrain_gpt_megatron.py]" >&2
     exit 2
 fi
 preset=$1 data=$2 run=$3

@@ -16,6 +16,9 @@ from deepspeed import DeepSpeedEngine
 # Where a resumed run's config.json may differ: in the run's length and in the names of files.
 FREE_KEYS = ("steps", "deepspeed.scheduler.params.total_num_steps", "deepspeed.tensorboard", "data.source")
 
+# What a run had of a setting that its config.json doesn't name, being older than the setting.
+BEFORE = {"model.architecture": "gpt2", "model.mlp": "gated", "data.tokenizer": "bytes"}
+
 
 class RunError(ValueError):
     """A run that can't be resumed as asked."""
@@ -39,7 +42,7 @@ class RunFolder:
         """Raises RunError where a checkpoint was made with a configuration that `config` doesn't continue."""
         saved, wanted = (dict(_flatten(c)) for c in (json.loads(self._config.read_text()), config))
         for key in sorted(saved.keys() | wanted.keys()):
-            before, now = saved.get(key), wanted.get(key)
+            before, now = saved.get(key, BEFORE.get(key)), wanted.get(key)
             if before != now and not key.startswith(FREE_KEYS):
                 raise RunError(
                     f"{self.path} was made with {key} = {before!r}, this call has {now!r}; "

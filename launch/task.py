@@ -47,6 +47,10 @@ class Task(abc.ABC):
     def training_batch(self, samples: Draw) -> Batch:
         """These samples of the training set."""
 
+    def training_record(self, loss: float) -> dict[str, float]:
+        """What the record of a step says of the model's mean loss; under "loss" in the unit of validation's."""
+        return {"loss": loss}
+
     @abc.abstractmethod
     def validation_batch(self, number: int) -> Batch:
         """One of the `validation_size` batches, the same for every run."""

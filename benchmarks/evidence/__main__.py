@@ -10,15 +10,17 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.evidence.execution import carry_out
-from benchmarks.evidence.jobs import JobError
+from benchmarks.evidence.jobs import Cores, JobError
 from benchmarks.evidence.outcome import Outcome, from_json, to_json
 from benchmarks.evidence.protocol import FULL, SMALL, Protocol, Study
 from benchmarks.evidence.report import draw, to_markdown
+from benchmarks.evidence.search import Settings
 from benchmarks.evidence.studies import STUDIES
-from benchmarks.evidence.summary import write_summary
+from benchmarks.evidence.summary import summary
 
 PROTOCOLS = {protocol.name: protocol for protocol in (SMALL, FULL)}
 
@@ -26,16 +28,17 @@ PROTOCOLS = {protocol.name: protocol for protocol in (SMALL, FULL)}
 def main() -> None:
     args = parse_arguments()
     protocol = PROTOCOLS[args.protocol]
-    studies = [study for study in STUDIES if args.only is None or study.name in args.only]
-    runs = args.runs / protocol.name
     output = args.output / protocol.name
     output.mkdir(parents=True, exist_ok=True)
-    for study in studies:
+    for study in STUDIES:
+        if args.only is not None and study.name not in args.only:
+            continue
         results = output / f"{study.name}.json"
         try:
             if not args.again:
                 kept = read(study, protocol, results) if args.missing and results.exists() else None
-                write(carry_out(study, protocol, runs, args.cores, kept), output)
+                cores = Cores(args.runs / protocol.name, args.cores, study.ranks)
+                write(carry_out(study, protocol, cores, before=chosen_before(study, output), kept=kept), output)
             elif results.exists():
                 write(read(study, protocol, results).complete(), output)
         except (JobError, ValueError) as error:
@@ -47,14 +50,32 @@ def read(study: Study, protocol: Protocol, results: Path) -> Outcome:
     return from_json(study, protocol, json.loads(results.read_text()))
 
 
+def chosen_before(study: Study, folder: Path) -> Mapping[str, Settings]:
+    """What the study that this one's tuning goes on from has chosen.
+
+    Raises:
+        ValueError: where that has no results yet.
+    """
+    after = study.tuning.after if study.tuning else None
+    if after is None:
+        return {}
+    results = folder / f"{after}.json"
+    if not results.exists():
+        raise ValueError(f"{study.name}: its settings go on from those of {after}, of which {results} is not there")
+    chosen: Mapping[str, Settings] = json.loads(results.read_text())["chosen"]
+    return chosen
+
+
 def write(outcome: Outcome, folder: Path) -> None:
-    """A study's numbers, table and curves, and the table of all studies."""
-    name, table = outcome.study.name, to_markdown(outcome)
+    """A study's numbers, tables and curves, and the table of all studies."""
+    name, report = outcome.study.name, to_markdown(outcome)
     (folder / f"{name}.json").write_text(json.dumps(to_json(outcome), indent=1) + "\n")
-    (folder / f"{name}.md").write_text(table)
+    (folder / f"{name}.md").write_text(report)
     draw(outcome, folder / f"{name}.png")
-    write_summary(folder, STUDIES)
-    print(table, flush=True)
+    files = [(study, folder / f"{study.name}.json") for study in STUDIES]
+    present = [read(study, outcome.protocol, file).complete() for study, file in files if file.exists()]
+    (folder / "README.md").write_text(summary(present))
+    print(report, flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
+from benchmarks.evidence.parts import folder_of
 from benchmarks.evidence.protocol import Job
 from metric import Metric
 from recorder import Record, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Settings that are given in parts of the schedule's length, and to the program in steps.
+OF_SCHEDULE = frozenset({"scheduler.warmup_num_steps", "momentum_warmup"})
+_SCHEDULER = "scheduler."
+
 # A job's folder has this once it is finished: what it was run with.
 _DONE = "evidence.json"
 _CPU_DRIVEN = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+# What the training loop says as it ends a run whose loss is no number.
+_DIVERGED = re.compile(r"error: the loss is \S+ at step (\d+)")
+
+T = TypeVar("T")
+Given = TypeVar("Given")
 
 
 class JobError(RuntimeError):
@@ -37,52 +50,84 @@ class Result:
         metric: what the run is judged by.
         records: of its steps, oldest first.
         commit: the state of the code that ran it, where that is known.
+        diverged: the step at which its loss was no number any more; None for a run that came to its end.
     """
 
     job: Job
     metric: Metric
     records: Sequence[Record]
     commit: str | None = None
+    diverged: int | None = None
 
     @property
     def final(self) -> float:
-        """The metric at the run's end."""
-        return float(self.records[-1][self.metric.key])
+        """The metric at the run's end, nan where it diverged."""
+        return math.nan if self.diverged is not None else float(self.records[-1][self.metric.key])
+
+    @property
+    def score(self) -> float:
+        """The same, so turned that less is better; inf where it diverged or is no number."""
+        if math.isnan(self.final):
+            return math.inf
+        return self.final if self.metric.better == "lower" else -self.final
+
+    @property
+    def seconds(self) -> float:
+        """Of training, until its end."""
+        return float(self.records[-1]["seconds"]) if self.records else 0.0
 
 
-def run_all(jobs: Sequence[Job], runs: Path, cores: Sequence[int]) -> list[Result]:
-    """The results of all jobs; those whose folder says that they were done with the same settings are only read.
+class Cores:
+    """Cores that jobs are run on; each job has as many to itself as it has ranks, root threads included."""
 
-    Args:
-        runs: folder of all runs.
-        cores: each job has as many of them to itself as it has ranks, root threads included.
+    def __init__(self, runs: Path, cores: Sequence[int], ranks: int = 1) -> None:
+        """
+        Args:
+            runs: folder of all runs.
 
-    Raises:
-        JobError: for the first job that failed, after those under way have ended.
-    """
-    ranks = max((job.study.ranks for job in jobs), default=1)
-    places = [frozenset(cores[at : at + ranks]) for at in range(0, len(cores) - ranks + 1, ranks)]
-    if not places:
-        raise JobError(f"{len(cores)} cores for jobs of {ranks} ranks: name as many with --cores at least")
-    free: queue.SimpleQueue[frozenset[int]] = queue.SimpleQueue()
-    for place in places:
-        free.put(place)
+        Raises:
+            JobError: for fewer cores than a job has ranks.
+        """
+        self._runs = runs
+        places = [frozenset(cores[at : at + ranks]) for at in range(0, len(cores) - ranks + 1, ranks)]
+        if not places:
+            raise JobError(f"{len(cores)} cores for jobs of {ranks} ranks: name as many with --cores at least")
+        self._free: queue.SimpleQueue[frozenset[int]] = queue.SimpleQueue()
+        for place in places:
+            self._free.put(place)
+        self._stopped = Event()
 
-    def run(job: Job) -> Result:
-        place = free.get()
+    def run(self, job: Job) -> Result:
+        """A job's result, as soon as a place is free; one that was done with the same settings is only read.
+
+        Raises:
+            JobError: if it failed, or another one did while this one waited.
+        """
+        place = self._free.get()
         try:
-            return run_job(job, runs, place)
-        finally:
-            free.put(place)
-
-    with ThreadPoolExecutor(len(places)) as pool:
-        futures = [pool.submit(run, job) for job in jobs]
-        try:
-            return [future.result() for future in futures]
+            if self._stopped.is_set():
+                raise JobError("another job failed")
+            return run_job(job, self._runs, place)
         except BaseException:
-            for future in futures:
-                future.cancel()
+            self._stopped.set()
             raise
+        finally:
+            self._free.put(place)
+
+    def each(self, function: Callable[[Given], T], given: Iterable[Given]) -> list[T]:
+        """What a function that runs jobs returns for each, all at work beside each other.
+
+        Raises:
+            JobError: for the first job that failed, after those under way have ended.
+        """
+        given = list(given)
+        with ThreadPoolExecutor(max(1, len(given))) as pool:
+            futures = [pool.submit(function, each) for each in given]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                self._stopped.set()
+                raise
 
 
 def run_job(job: Job, runs: Path, cores: frozenset[int]) -> Result:
@@ -93,21 +138,22 @@ def run_job(job: Job, runs: Path, cores: frozenset[int]) -> Result:
     identity = {"config": config, "program": study.program, "arguments": list(arguments(job)), "ranks": study.ranks}
     done = folder / _DONE
     found = json.loads(done.read_text()) if done.exists() else {}
-    commit, present = found.pop("commit", None), present_commit()
+    ended = {key: found.pop(key, None) for key in ("commit", "diverged")}
+    present = present_commit()
     if found == identity:
-        if commit != present:
-            print(f"{study.name}: {job.name} is read, and was run by another state of the code: {commit}", flush=True)
+        if ended["commit"] != present:
+            other = f"was run by another state of the code: {ended['commit']}"
+            print(f"{study.name}: {job.name} is read, and {other}", flush=True)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
         written = folder / "deepspeed.json"
         written.write_text(json.dumps(config, indent=2) + "\n")
         print(f"{study.name}: {job.name} on core {', '.join(map(str, sorted(cores)))}", flush=True)
-        _launch(job, runs, written, cores)
-        commit = present
-        done.write_text(json.dumps(identity | {"commit": commit}, indent=2) + "\n")
+        ended = {"commit": present, "diverged": _launch(job, runs, written, cores)}
+        done.write_text(json.dumps(identity | ended, indent=2) + "\n")
     metric = json.loads((folder / "config.json").read_text())["metric"]
-    return Result(job, Metric(**metric), read_metrics(folder), commit)
+    return Result(job, Metric(**metric), read_metrics(folder), **ended)
 
 
 def present_commit() -> str | None:
@@ -122,25 +168,43 @@ def _git(*arguments: str) -> str:
 
 
 def effective_config(job: Job) -> dict[str, Any]:
-    """The contender's JSON with the job's learning rate and overrides, and without pictures of its own."""
-    config: dict[str, Any] = json.loads((ROOT / "configs" / job.contender.config).read_text())
-    config["optimizer"]["params"] |= {"lr": job.lr, **dict(job.contender.overrides)}
-    if job.study.batch is not None:
-        config["train_micro_batch_size_per_gpu"] = job.study.batch
+    """The study's JSON with the contender's optimizer in it, and without pictures of its own."""
+    config: dict[str, Any] = json.loads((ROOT / "configs" / job.study.config).read_text())
     config.pop("tensorboard", None)
+    if job.study.ranks == 1:
+        # One rank has nobody to share with, and some contenders need whole matrices.
+        config.pop("zero_optimization", None)
+    if job.batch is not None:
+        config["train_micro_batch_size_per_gpu"] = job.batch
+    params: dict[str, Any] = {}
+    lists: dict[str, dict[int, Any]] = {}
+    for key, value in job.settings.items():
+        if key in OF_SCHEDULE:
+            value = round(value * job.schedule)
+        name, _, place = key.rpartition(".")
+        if key.startswith(_SCHEDULER):
+            config["scheduler"]["params"][place] = max(1, value) if key in OF_SCHEDULE else value
+        elif name:
+            lists.setdefault(name, {})[int(place)] = value
+        else:
+            params[key] = value
+    params |= {name: [values[place] for place in sorted(values)] for name, values in lists.items()}
+    config["optimizer"] = {"type": job.contender.type, "params": params}
     return config
 
 
 def arguments(job: Job) -> Sequence[str]:
-    """The program's command line but for where things lie."""
+    """The program's command line but for where its results lie."""
     return (
         *job.study.arguments,
+        *("--data", os.path.relpath(folder_of(job.corpus), ROOT)),
         *("--steps", str(job.schedule), "--seed", str(job.seed)),
         *("--eval-interval", str(job.eval_interval), "--save-interval", "0"),
     )
 
 
-def _launch(job: Job, runs: Path, config: Path, cores: frozenset[int]) -> None:
+def _launch(job: Job, runs: Path, config: Path, cores: frozenset[int]) -> int | None:
+    """Runs the program; returns the step at which it diverged, or None."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
@@ -148,10 +212,12 @@ def _launch(job: Job, runs: Path, config: Path, cores: frozenset[int]) -> None:
     command = [
         *(programs / "deepspeed", "--num_gpus", job.study.ranks, "--master_port", port),
         *(ROOT / "launch" / job.study.program, "--deepspeed_config", config),
-        *("--runs", runs / job.study.name, "--name", job.name, *arguments(job)),
+        *("--runs", runs.resolve() / job.study.name, "--name", job.name, *arguments(job)),
     ]
     environment = os.environ | _CPU_DRIVEN
     environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
+    # Where a contender's class is one of this folder's.
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     log = config.with_name("log.txt")
     with log.open("w") as output:
         done = subprocess.run(
@@ -162,6 +228,10 @@ def _launch(job: Job, runs: Path, config: Path, cores: frozenset[int]) -> None:
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
-    if done.returncode:
-        end = "\n".join(log.read_text().splitlines()[-20:])
-        raise JobError(f"{job.study.name} {job.name}: exit status {done.returncode}; the end of {log}:\n{end}")
+    if not done.returncode:
+        return None
+    diverged = _DIVERGED.search(log.read_text())
+    if diverged:
+        return int(diverged[1])
+    end = "\n".join(log.read_text().splitlines()[-20:])
+    raise JobError(f"{job.study.name} {job.name}: exit status {done.returncode}; the end of {log}:\n{end}")

@@ -1,110 +1,98 @@
-"""The paper's tasks and the optimizers that are compared on each.
+"""The tasks, and the optimizers that are compared on each: Muon first, then AdamW, both tuned as everybody is.
 
-Horizons are where a contender was expected to be as good as the baseline when the protocol was fixed; whether it is,
-the results say. Contenders that are expected to be alike have the same horizon, so that they can be compared too;
-the baseline runs on a schedule of that length besides.
+Steps are those of everyone's schedule; horizons beside it are run as far as they are needed to see where an optimizer
+ends as Muon does. Rates are where searches begin.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.evidence.protocol import Contender, Study
-
-# What made the best use of the statistics in the search on the small GPT; docs/evidence.md has what else was tried.
-SPECTRAL = (
-    ("preconditioner", "spectral"),
-    ("direction_rms", 0.2),
-    ("statistics_beta", 0.95),
-    ("root_interval", 50),
-    ("root_delay", 5),
+from benchmarks.evidence.field import (
+    ADAMW,
+    FACEBOOK,
+    FACEBOOK_THIRD,
+    MOMENTUM,
+    MUON,
+    POLAR,
+    SHAMPOO,
+    SOAP,
+    SPECTRAL,
+    WARMUP,
+    at,
 )
+from benchmarks.evidence.protocol import Contender, Study, Tuning
+from benchmarks.evidence.search import Axis
 
-BF16_ITERATIONS = ("matmul_precision", "medium")
+EVERYONE = (MUON, ADAMW, SOAP, FACEBOOK, SHAMPOO, SPECTRAL, POLAR)
 
+_MODERN = ("--autocast", "--architecture", "modern", "--mlp", "gated", "--eval-windows", "400")
 
-def long_and_short(baseline: Contender, horizon: float) -> tuple[Contender, Contender]:
-    """A baseline, and the same given no more steps than the contenders: what a short schedule does by itself."""
-    return baseline, replace(baseline, name=f"short {baseline.name}", horizon=horizon)
-
-
-GPT = Study(
-    name="gpt",
-    title="Language model: byte GPT of 3.3M parameters",
+# 64 windows of 256 tokens: 16,384 a step.
+GPT_MODERN = Study(
+    name="gpt_modern",
+    title="Language model: GPT with rotary positions, RMSNorm, QK-norm and gated MLP, 3.5M parameters, bytes",
     program="pretrain_gpt.py",
-    arguments=("--autocast", "--eval-windows", "400"),
+    arguments=(*_MODERN, "--vocabulary", "bytes"),
+    config="gpt_muon.json",
     corpus="gutenberg",
-    steps=1000,
-    small_steps=100,
-    evaluations=40,
-    batch=8,
-    contenders=(
-        *long_and_short(Contender("AdamW", "gpt_zero2_adamw.json", (1e-3, 2e-3, 4e-3)), 0.4),
-        Contender("Muon", "gpt_muon.json", (4e-3, 8e-3, 16e-3), horizon=0.4),
-        Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
-        Contender("Spectral", "gpt_zero2_shampoo.json", (8e-3, 16e-3, 32e-3), horizon=0.4, overrides=SPECTRAL),
-    ),
+    steps=120,
+    small_steps=20,
+    batch=64,
+    tuning=Tuning("python_docs", steps=60, budget=20),
+    contenders=(*EVERYONE, FACEBOOK_THIRD),
 )
 
-GPT_12M = Study(
-    name="gpt_12m",
-    title="Language model: byte GPT of 13M parameters",
-    program="pretrain_gpt.py",
-    arguments=("--autocast", "--eval-windows", "400", "--layers", "4", "--d-model", "512", "--heads", "8"),
-    corpus="gutenberg",
-    steps=600,
-    small_steps=40,
+GPT_MODERN_BPE = replace(
+    GPT_MODERN,
+    name="gpt_modern_bpe",
+    title="Language model: the same GPT with BPE of 4,096 tokens, 5.5M parameters",
+    arguments=(*_MODERN, "--vocabulary", "4096"),
+    tuning=Tuning("python_docs", steps=60, budget=8, after="gpt_modern"),
+    contenders=EVERYONE,
+)
+
+GPT_MODERN_12M = replace(
+    GPT_MODERN,
+    name="gpt_modern_12m",
+    title="Language model: the same GPT 512 wide, 13M parameters, bytes",
+    arguments=(*_MODERN, "--vocabulary", "bytes", "--d-model", "512", "--heads", "8"),
+    small_steps=8,
     evaluations=20,
-    batch=8,
-    contenders=(
-        *long_and_short(Contender("AdamW", "gpt_zero2_adamw.json", (5e-4, 1e-3, 2e-3)), 0.4),
-        Contender("Muon", "gpt_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
-        Contender("Shampoo", "gpt_zero2_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.4),
-        Contender(
-            "Spectral, blocks of 256", "gpt_zero2_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.4, overrides=SPECTRAL
-        ),
-        Contender(
-            "Spectral",
-            "gpt_zero2_shampoo.json",
-            (4e-3, 8e-3, 16e-3),
-            horizon=0.4,
-            overrides=(*SPECTRAL, ("block_size", 512), BF16_ITERATIONS),
-        ),
-    ),
+    tuning=Tuning("python_docs", steps=60, budget=8, after="gpt_modern"),
+    contenders=EVERYONE,
 )
 
-TRANSLATION = Study(
-    name="translation",
-    title="Translation from English to German: encoder-decoder transformer of 6M parameters",
-    program="train_translation.py",
-    arguments=("--autocast",),
-    corpus="help_en_de",
-    steps=400,
-    small_steps=60,
-    evaluations=20,
-    contenders=(
-        *long_and_short(Contender("AdamW", "translation_adamw.json", (5e-4, 1e-3, 2e-3)), 0.5),
-        Contender("Muon", "translation_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.5),
-        Contender("Shampoo", "translation_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.5),
-        Contender("Spectral", "translation_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.5, overrides=SPECTRAL),
-    ),
-)
-
+# 128 windows of 128 tokens.
 BERT = Study(
     name="bert",
     title="Masked language model: BERT of 4.3M parameters",
     program="pretrain_bert.py",
     arguments=("--autocast",),
+    config="bert_muon.json",
     corpus="python_docs",
-    steps=300,
-    small_steps=60,
-    evaluations=20,
-    contenders=(
-        *long_and_short(Contender("AdamW", "bert_adamw.json", (5e-4, 1e-3, 2e-3)), 0.7),
-        Contender("Muon", "bert_muon.json", (2e-3, 4e-3, 8e-3), horizon=0.7),
-        Contender("Shampoo", "bert_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.7),
-        Contender("Spectral", "bert_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.7, overrides=SPECTRAL),
-    ),
+    steps=150,
+    small_steps=20,
+    evaluations=30,
+    batch=128,
+    tuning=Tuning("gutenberg", steps=75, budget=16),
+    contenders=EVERYONE,
+)
+
+# Some 16,000 tokens of both languages.
+TRANSLATION = Study(
+    name="translation",
+    title="Translation from English to German: encoder-decoder transformer of 6M parameters",
+    program="train_translation.py",
+    arguments=("--autocast",),
+    config="translation_muon.json",
+    corpus="help_en_de_judged",
+    steps=120,
+    small_steps=20,
+    evaluations=24,
+    batch=384,
+    tuning=Tuning("help_en_de_tuning", steps=60, budget=16),
+    contenders=EVERYONE,
 )
 
 CLICKS = Study(
@@ -112,65 +100,74 @@ CLICKS = Study(
     title="Click-through: DLRM",
     program="train_dlrm.py",
     arguments=(),
-    corpus="flights",
-    steps=400,
-    small_steps=50,
-    contenders=(
-        *long_and_short(Contender("AdamW", "dlrm_adamw.json", (1e-3, 2e-3, 4e-3)), 0.65),
-        Contender("Muon", "dlrm_muon.json", (4e-3, 8e-3, 16e-3), horizon=0.65),
-        Contender("Shampoo", "dlrm_shampoo.json", (2e-3, 4e-3, 8e-3), horizon=0.65),
-        Contender("Spectral", "dlrm_shampoo.json", (4e-3, 8e-3, 16e-3), horizon=0.65, overrides=SPECTRAL),
+    config="dlrm_muon.json",
+    corpus="flights_judged",
+    steps=300,
+    small_steps=30,
+    batch=2048,
+    tuning=Tuning("flights_tuning", steps=150, budget=16),
+    contenders=tuple(at(contender, 4e-3, embedding_lr_scale=1.0) for contender in EVERYONE),
+)
+
+SGD = Contender(
+    "SGD",
+    "SGD",
+    {"lr": 0.4, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "scheduler.warmup_num_steps": 0.1},
+    (
+        Axis("lr", (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)),
+        MOMENTUM,
+        WARMUP,
+        Axis("weight_decay", (0.0, 1e-4, 5e-4, 2e-3)),
     ),
 )
 
+# Nearly all of it convolutions, which torch's Muon and the prototypes leave to AdamW: those go without.
 IMAGES = Study(
     name="images",
     title="Images: residual network of 0.1M parameters",
     program="train_resnet.py",
     arguments=("--autocast", "--width", "16"),
-    corpus="fashion_mnist",
-    steps=200,
-    small_steps=40,
+    config="resnet_adamw.json",
+    corpus="fashion_mnist_judged",
+    steps=150,
+    small_steps=20,
     evaluations=20,
-    contenders=(
-        *long_and_short(Contender("SGD", "resnet_sgd.json", (0.2, 0.4, 0.8)), 0.75),
-        Contender("AdamW", "resnet_adamw.json", (8e-3, 16e-3, 32e-3), horizon=0.75),
-        Contender("Shampoo", "resnet_shampoo.json", (8e-3, 16e-3, 32e-3), horizon=0.75),
-        Contender("Spectral", "resnet_shampoo.json", (8e-3, 16e-3, 32e-3), horizon=0.75, overrides=SPECTRAL),
-    ),
+    batch=1024,
+    tuning=Tuning("fashion_mnist_tuning", steps=75, budget=16),
+    contenders=(at(ADAMW, 32e-3), SGD, *(at(contender, 32e-3) for contender in (SHAMPOO, SPECTRAL, POLAR))),
 )
 
-# What rounding to bfloat16 costs, at the rates that the small GPT chose.
-BF16_ROOTS, BF16_EXCHANGE = ("root_dtype", "bfloat16"), ("exchange_dtype", "bfloat16")
+
+def _less_precise(contender: Contender, **variants: dict[str, str]) -> tuple[Contender, ...]:
+    """A contender at its settings in fp32, and the same with less precision here or there."""
+    fp32 = replace(contender, name="fp32", axes=())
+    named = {name.replace("_", " "): settings for name, settings in variants.items()}
+    return fp32, *(replace(fp32, name=name, settings={**fp32.settings, **each}) for name, each in named.items())
+
+
+# What rounding to bfloat16 costs.
+_ROOTS, _EXCHANGE, _ITERATIONS = (
+    {"root_dtype": "bfloat16"},
+    {"exchange_dtype": "bfloat16"},
+    {"matmul_precision": "medium"},
+)
 
 SHAMPOO_BF16 = replace(
-    GPT,
+    GPT_MODERN,
     name="shampoo_bf16",
-    title="Shampoo with less precision: byte GPT of 3.3M parameters",
-    steps=400,
-    small_steps=40,
+    title="Shampoo with less precision: the byte GPT of 3.5M parameters",
+    tuning=None,
     alike=True,
-    contenders=(
-        Contender("fp32", "gpt_zero2_shampoo.json", (4e-3,)),
-        Contender("bf16 roots", "gpt_zero2_shampoo.json", (4e-3,), overrides=(BF16_ROOTS,)),
-        Contender("bf16 exchange", "gpt_zero2_shampoo.json", (4e-3,), overrides=(BF16_EXCHANGE,)),
-    ),
+    contenders=_less_precise(SHAMPOO, bf16_roots=_ROOTS, bf16_exchange=_EXCHANGE),
 )
 
-SPECTRAL_BF16 = replace(
+POLAR_BF16 = replace(
     SHAMPOO_BF16,
-    name="spectral_bf16",
-    title="Spectral with less precision: byte GPT of 3.3M parameters",
-    contenders=(
-        Contender("fp32", "gpt_zero2_shampoo.json", (16e-3,), overrides=SPECTRAL),
-        Contender("bf16 iterations", "gpt_zero2_shampoo.json", (16e-3,), overrides=(*SPECTRAL, BF16_ITERATIONS)),
-        Contender(
-            "bf16 iterations, roots and exchange",
-            "gpt_zero2_shampoo.json",
-            (16e-3,),
-            overrides=(*SPECTRAL, BF16_ITERATIONS, BF16_ROOTS, BF16_EXCHANGE),
-        ),
+    name="polar_bf16",
+    title="Polar with less precision: the byte GPT of 3.5M parameters",
+    contenders=_less_precise(
+        POLAR, bf16_iterations=_ITERATIONS, bf16_iterations_roots_and_exchange={**_ITERATIONS, **_ROOTS, **_EXCHANGE}
     ),
 )
 
-STUDIES = (GPT, TRANSLATION, BERT, CLICKS, IMAGES, GPT_12M, SHAMPOO_BF16, SPECTRAL_BF16)
+STUDIES = (GPT_MODERN, GPT_MODERN_BPE, GPT_MODERN_12M, BERT, TRANSLATION, CLICKS, IMAGES, SHAMPOO_BF16, POLAR_BF16)

@@ -1,65 +1,47 @@
-"""One table over all studies, from the JSON files that their runs left."""
+"""One table over all studies."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from benchmarks.evidence.figures import Spread
-from benchmarks.evidence.protocol import Study
-from benchmarks.evidence.report import spread
+from benchmarks.evidence.outcome import Outcome
+from benchmarks.evidence.report import commits, crossed, passed, spread, table
 
 
-def write_summary(folder: Path, studies: Iterable[Study]) -> None:
-    """Writes README.md of a folder of results, for those of the studies that it has."""
-    files = [folder / f"{study.name}.json" for study in studies]
-    (folder / "README.md").write_text(summary([json.loads(file.read_text()) for file in files if file.exists()]))
-
-
-def summary(outcomes: Iterable[Mapping[str, Any]]) -> str:
-    """Every contender against its study's baseline, given what `report.to_json` made of each study."""
-    header = ("task", "judged by", "optimizer", "rate", "steps", "ends at", "fewer steps", "steps", "seconds")
+def summary(outcomes: Iterable[Outcome]) -> str:
+    """Every contender against its study's baseline."""
     outcomes = list(outcomes)
-    rows = [row for outcome in outcomes if not outcome["alike"] for row in _rows(outcome)]
-    options = [f"- [{outcome['title']}]({outcome['study']}.md)" for outcome in outcomes if outcome["alike"]]
+    header = ("task", "judged by", "optimizer", "ends at", "steps", "seconds", "shown at", "within one run", "commit")
+    rows = [row for outcome in outcomes if not outcome.study.alike for row in _rows(outcome)]
+    options = [f"- [{each.study.title}]({each.study.name}.md)" for each in outcomes if each.study.alike]
     return "\n".join(
         [
             "# Results",
             "",
-            "Medians over seeds, with the smallest and the largest. *Fewer steps*: how many times fewer an optimizer",
-            "needs to where the task's first optimizer ends; then the steps and the seconds of training to there, in",
-            "parts of what that one takes to be there for the first time. A dash: some seed's run did not get there",
-            "within its schedule.",
+            "The first optimizer of each task is the one that the others are measured by; all have schedules of their",
+            "own length. *Steps* and *seconds*: of the run that ends where the first one's ends, in parts of the first",
+            "one's, with one standard error to each side; below the shortest that was run, above the longest. *Shown",
+            "at*: the shortest schedule on which three standard errors say that it ends better. *Within one run*: the",
+            "steps to that end on the first one's schedule; where not all seeds get there, how many do and where each",
+            "ends. Ends are medians over seeds with the smallest and the largest.",
             "",
-            "| " + " | ".join(header) + " |",
-            "|" + "---|" * len(header),
-            *("| " + " | ".join(row) + " |" for row in rows),
+            *table(header, rows),
             "",
             *(["Settings that should change little:", "", *options, ""] if options else []),
         ]
     )
 
 
-def _rows(outcome: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
-    names = list(outcome["chosen"])
-    baseline = names[0]
-    against = {figure["contender"]: figure for figure in outcome["figures"] if figure["baseline"] == baseline}
-    for name in names:
-        runs = [run for run in outcome["runs"] if run["contender"] == name]
-        first = name == baseline
-        figure = against.get(name, {})
-        yield (
-            f"[{outcome['title']}]({outcome['study']}.md)" if first else "",
-            outcome["metric"]["label"] if first else "",
-            name,
-            f"{outcome['chosen'][name]:g}",
-            str(runs[0]["schedule"]),
-            spread(Spread.of(run["final"] for run in runs), 4),
-            *("1" if first else _cell(figure[key]) for key in ("faster", "steps", "seconds")),
-        )
+def _rows(outcome: Outcome) -> Iterable[Sequence[str]]:
+    study = outcome.study
+    link = f"[{study.title}]({study.name}.md)"
+    yield link, outcome.metric.label, study.baseline.name, _end(outcome, 0), "1", "1", "", "1", commits(outcome)
+    for number, contender in enumerate(study.contenders[1:], 1):
+        figure = outcome.figure(contender, study.baseline)
+        sure = "not shown" if figure.shown is None else f"{figure.shown:g}"
+        lengths = crossed(figure, "steps"), crossed(figure, "seconds")
+        yield "", "", contender.name, _end(outcome, number), *lengths, sure, passed(figure.within, "steps"), ""
 
 
-def _cell(values: Mapping[str, float] | None) -> str:
-    return spread(None if values is None else Spread(**values), 2)
+def _end(outcome: Outcome, number: int) -> str:
+    return spread(outcome.finals(outcome.study.contenders[number]), 4)

@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,8 +109,8 @@ def split(documents: Iterable[Bytes]) -> tuple[Bytes, Bytes]:
     return _join(train), _join(validation)
 
 
-def cut_windows(text: Bytes, places: Iterable[int], context: int) -> tuple[Tensor, Tensor]:
-    """Windows of `context` bytes at `places`, and the same windows one byte on."""
+def cut_windows(text: npt.NDArray[np.integer[Any]], places: Iterable[int], context: int) -> tuple[Tensor, Tensor]:
+    """Windows of `context` bytes or tokens at `places`, and the same windows one on: int64 [places, context] each."""
     windows = torch.from_numpy(np.stack([text[at : at + context + 1] for at in places]).astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
 

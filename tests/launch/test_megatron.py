@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_presets import LLAMA
 from recorder import read_metrics
 
 pytest.importorskip("megatron.core")
@@ -61,10 +63,17 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def train(
-    data: tuple[str, Path], ranks: int, slices: int, steps: int, config: Path, save: Path, stages: int = 1
+    data: tuple[str, Path],
+    ranks: int,
+    slices: int,
+    steps: int,
+    config: Path,
+    save: Path,
+    stages: int = 1,
+    more: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     kind, prefix = data
-    shape = ["--swiglu"] if kind == "gpt" else []
+    shape = [*(["--swiglu"] if kind == "gpt" else []), *more]
     sequence = ["--sequence-parallel"] if kind == "gpt" and slices > 1 else []
     done = launch(
         kind, ranks, "--deepspeed_config", str(config), "--data-path", str(prefix), "--tensor-model-parallel-size",
@@ -92,6 +101,18 @@ def test_one_trajectory_at_tp_1_and_2_and_over_a_resume(data: tuple[str, Path], 
     assert [record["step"] for record in sliced] == [1, 2, 3, 4, 5, 6]
     assert [r["loss"] for r in sliced] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
     assert sliced[-1]["val_loss"] == pytest.approx(whole[-1]["val_loss"], rel=1e-4)
+    assert sliced[-1]["preconditioned_blocks"] > 0
+
+
+def test_the_layers_of_the_largest_preset(data: tuple[str, Path], config: Path, tmp_path: Path) -> None:
+    if data[0] == "bert":
+        pytest.skip("the preset is a GPT")
+    layers = [word for flag in LLAMA for word in flag.split()]
+    layers += ["--num-query-groups", "2", "--ffn-hidden-size", "96"]
+    whole = train(data, 1, 1, 6, config, tmp_path / "whole", more=layers)
+    sliced = train(data, 2, 2, 6, config, tmp_path / "sliced", more=layers)
+    assert [r["loss"] for r in sliced] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
+    assert sliced[-1]["loss"] < sliced[0]["loss"]
     assert sliced[-1]["preconditioned_blocks"] > 0
 
 

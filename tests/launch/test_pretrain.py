@@ -90,6 +90,14 @@ def trajectory(run: Path) -> list[dict[str, Any]]:
     return [{key: record.get(key) for key in repeated} for record in read_metrics(run)]
 
 
+def cut_short(run: Path, copy: Path) -> Path:
+    """As a kill between the two checkpoints would leave the run: steps recorded that no checkpoint has."""
+    shutil.copytree(run, copy)
+    (copy / "checkpoint" / "latest").write_text(f"global_step{HALF}")
+    shutil.rmtree(copy / "checkpoint" / f"global_step{STEPS}")
+    return copy
+
+
 def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     config = CONFIGS / "gpt_zero2_shampoo.json"
     printed = train("deepspeed", config, tmp_path, "--name", "straight")
@@ -98,11 +106,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     straight = tmp_path / "straight"
     check_finished(straight, "Shampoo")
 
-    # As a kill between the two checkpoints would leave it: steps recorded that no checkpoint has.
-    resumed = tmp_path / "resumed"
-    shutil.copytree(straight, resumed)
-    (resumed / "checkpoint" / "latest").write_text(f"global_step{HALF}")
-    shutil.rmtree(resumed / "checkpoint" / f"global_step{STEPS}")
+    resumed = cut_short(straight, tmp_path / "resumed")
     printed = train("torchrun", config, tmp_path, "--name", "resumed")
     assert f"from step {HALF} to {STEPS}" in printed
     check_finished(resumed, "Shampoo")
@@ -121,6 +125,37 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
 def test_every_configuration_trains(tmp_path: Path, launcher: str, config: str, optimizer: str) -> None:
     train(launcher, CONFIGS / f"{config}.json", tmp_path)
     check_finished(tmp_path / config, optimizer)
+
+
+def test_a_modern_model_of_tokens_resumes_and_is_not_taken_for_another(tmp_path: Path) -> None:
+    config = CONFIGS / "gpt_zero2_shampoo.json"
+    modern = ["--architecture", "modern", "--vocabulary", "320"]
+    printed = train("deepspeed", config, tmp_path, *modern, "--name", "straight")
+    assert "BPE of 320 tokens" in printed
+    straight = tmp_path / "straight"
+    resumed = cut_short(straight, tmp_path / "resumed")
+
+    other = [*SMALL, "--vocabulary", "320", "--name", "resumed"]
+    done = launch("deepspeed", "--deepspeed_config", config, "--runs", tmp_path, *other)
+    assert done.returncode != 0
+    assert "model.architecture = 'modern', this call has 'gpt2'" in done.stdout
+    assert "Traceback" not in done.stdout
+
+    printed = train("torchrun", config, tmp_path, *modern, "--name", "resumed")
+    assert f"from step {HALF} to {STEPS}" in printed
+    check_finished(resumed, "Shampoo")
+    assert trajectory(resumed) == trajectory(straight)
+    for record in read_metrics(resumed):
+        assert record["loss_per_token"] > 1.2 * record["loss"] > 0
+        assert ("val_loss_per_token" in record) == ("val_loss" in record)
+
+
+def test_an_impossible_model_is_refused(tmp_path: Path) -> None:
+    config = CONFIGS / "gpt_zero2_shampoo.json"
+    done = launch("torchrun", "--deepspeed_config", config, "--runs", tmp_path, *SMALL, "--mlp", "gated")
+    assert done.returncode != 0
+    assert "error: --mlp gated is for --architecture modern, not gpt2" in done.stdout
+    assert not (tmp_path / config.stem).exists()
 
 
 def test_a_misspelt_key_is_refused_before_training(tmp_path: Path) -> None:

@@ -62,5 +62,32 @@ def test_another_run_is_not_resumed(folder: RunFolder, change: dict[str, object]
         folder.check_resumable(CONFIG | change)
 
 
+MODEL = {"layers": 4, "vocab": 256}
+NAMED = {"architecture": "gpt2", "mlp": "gated"}
+TOKENS = {"source": "a.txt", "training_bytes": 100, "tokenizer": "bytes"}
+
+
+def test_a_run_older_than_a_setting_goes_on_as_what_it_was(folder: RunFolder) -> None:
+    folder.prepare(CONFIG | {"model": MODEL})
+    folder.check_resumable(CONFIG | {"model": MODEL | NAMED, "data": TOKENS})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": MODEL | NAMED | {"architecture": "modern"}}, "architecture = 'gpt2', this call has 'modern'"),
+        ({"model": MODEL | NAMED | {"mlp": "squared_relu"}}, "mlp = 'gated', this call has 'squared_relu'"),
+        ({"data": TOKENS | {"tokenizer": "BPE of 300"}}, "tokenizer = 'bytes', this call has 'BPE of 300'"),
+    ],
+)
+@pytest.mark.parametrize("old", [True, False])
+def test_another_model_or_tokenizer_is_not_resumed(
+    folder: RunFolder, change: dict[str, object], message: str, old: bool
+) -> None:
+    folder.prepare(CONFIG | ({"model": MODEL} if old else {"model": MODEL | NAMED, "data": TOKENS}))
+    with pytest.raises(RunError, match=message):
+        folder.check_resumable(CONFIG | {"model": MODEL | NAMED, "data": TOKENS} | change)
+
+
 def test_without_a_checkpoint_nothing_is_saved(folder: RunFolder) -> None:
     assert folder.saved_step() == 0

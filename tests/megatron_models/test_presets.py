@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ds_shampoo.config import parse
-from megatron_presets import PRESETS, Preset
+from megatron_presets import PRESETS, RATE_OVER_ADAMW, Preset, write
 
 pytest.importorskip("megatron.core")
 
@@ -27,7 +27,23 @@ def test_the_json_is_what_shampoo_takes(name: str) -> None:
     parse(config["optimizer"]["params"])
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("1.3b", 2**20), ("6.7b", 2**21), ("13b", 2**21)])
+def test_the_json_is_what_the_preset_says(tmp_path: Path) -> None:
+    write(tmp_path)
+    for preset in PRESETS.values():
+        written = (tmp_path / Path(preset.config).name).read_text()
+        assert (ROOT / preset.config).read_text() == written, "run `python launch/megatron_presets.py --write`"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_one_number_sets_all_rates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = PRESETS[name]
+    before = preset.settings()["optimizer"]["params"]["lr"]
+    assert before == pytest.approx(RATE_OVER_ADAMW * preset.adamw_lr, rel=1e-6)
+    monkeypatch.setattr("megatron_presets.RATE_OVER_ADAMW", 2 * RATE_OVER_ADAMW)
+    assert preset.settings()["optimizer"]["params"]["lr"] == pytest.approx(2 * before, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("1.3b", 2**20), ("6.7b", 2**21), ("13b", 2**21), ("70b", 2**22)])
 def test_batch_and_schedule_are_those_of_64_gpus(name: str, tokens: int) -> None:
     preset = PRESETS[name]
     config = json.loads((ROOT / preset.config).read_text())
@@ -54,10 +70,13 @@ def test_blocks_and_owners_on_64_ranks(on_64_ranks: dict[str, dict[str, float]],
     found, preset = on_64_ranks[name], PRESETS[name]
     width, slices = preset.hidden_size, preset.tensor_model_parallel_size
     assert found["ranks"] == WORLD // slices
-    # Twelve squares of the width to a layer; every element of them that this slice has is in one block.
-    assert found["elements"] == 12 * width**2 * preset.num_layers // slices
+    # Every element of the layers' matrices that this slice has is in one block: GPT-3's are twelve squares of the
+    # width; Llama 2's have 64 heads of queries, 8 of keys and 8 of values, and three matrices of a gated half.
+    layer = width * (2 * width + 2 * width // 8 + 3 * 28672) if name == "70b" else 12 * width**2
+    assert found["elements"] == layer * preset.num_layers // slices
     assert found["largest"] <= 1024
-    assert found["sliced"] == 4 * preset.num_layers + 2  # with word embedding and output layer
+    tables = 2 if name == "70b" else 1  # the word embedding, and an output layer that isn't tied to it
+    assert found["sliced"] == 4 * preset.num_layers + tables
     assert found["load"] <= max(1.05, found["bound"])
 
 
@@ -74,33 +93,27 @@ def look() -> None:
 
 
 def look_at(preset: Preset) -> dict[str, float]:
+    """Of the model that the program would make of the preset's flags."""
     import torch
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
 
     from ds_shampoo.megatron import mpu
+    from megatron_arguments import parse_arguments
+    from megatron_job import settings_of
+    from pretrain_gpt_megatron import build_model
 
-    size = preset.tensor_model_parallel_size
+    os.environ["RANK"] = "0"
+    flags = [part for flag in preset.flags() for part in flag.split()]
+    sys.argv = ["pretrain_gpt_megatron.py", *flags, "--deepspeed_config", preset.config, "--data-path", "none"]
+    arguments = parse_arguments("")
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size, create_gloo_process_groups=False)
-    config = TransformerConfig(
-        num_layers=preset.num_layers,
-        hidden_size=preset.hidden_size,
-        num_attention_heads=preset.num_attention_heads,
-        tensor_model_parallel_size=size,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=preset.tensor_model_parallel_size, create_gloo_process_groups=False
     )
+    config = settings_of(arguments)
+    config.perform_initialization = False
     with torch.device("meta"):
-        model = GPTModel(
-            config, get_gpt_layer_local_spec(), 50304, preset.seq_length, position_embedding_type="learned_absolute"
-        )
+        model = build_model(arguments, config, 50304)
     settings = parse(json.loads((ROOT / preset.config).read_text())["optimizer"]["params"])
     return owned(model, settings, mpu.get_data_parallel_world_size(), mpu)
 

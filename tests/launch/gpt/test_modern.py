@@ -135,6 +135,11 @@ def test_the_feed_forward_half_is_as_wide_as_documented(d_model: int, mlp: str, 
     assert parameters == 3 * layer + 2 * 256 * d_model + norms
 
 
+def test_the_default_size_is_what_the_readme_says() -> None:
+    parameters = sum(parameter.numel() for parameter in build_gpt(GPTConfig(architecture="modern")).parameters())
+    assert parameters == 3_541_760
+
+
 def test_matrices_that_write_to_the_residual_stream_start_smaller() -> None:
     torch.manual_seed(0)
     model = build_gpt(GPTConfig(layers=8, d_model=64, heads=4, architecture="modern"))
