@@ -1,1 +1,1 @@
-"""Trials of directions: prototypes on a small modern GPT, in one process each, before any of them enters the package."""
+"""Trials of directions: prototypes on a small modern GPT, each in one process, before any enters the package."""

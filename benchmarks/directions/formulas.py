@@ -1,4 +1,4 @@
-"""What prototypes are made of: coefficients, polar factors, roots. Everything on stacks of matrices [n, rows, columns]."""
+"""What prototypes are made of: coefficients, polar factors, roots; all on stacks of matrices [n, rows, columns]."""
 
 from __future__ import annotations
 

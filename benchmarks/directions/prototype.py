@@ -138,8 +138,12 @@ class Stack:
     def token_statistics(self) -> tuple[Tensor, Tensor]:
         """The diagonal blocks of what was watched, as each block has them."""
         rows, columns = self.m.shape[1] // self.rows, self.m.shape[2] // self.columns
+
         def blocks(whole: Tensor, parts: int, size: int) -> Tensor:
-            return torch.stack([whole[:, i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(parts)], 1)
+            return torch.stack(
+                [whole[:, i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(parts)], 1
+            )
+
         left = blocks(self.outs, rows, self.rows).unsqueeze(2).expand(-1, -1, columns, -1, -1).flatten(0, 2)
         right = blocks(self.ins, columns, self.columns).unsqueeze(1).expand(-1, rows, -1, -1, -1).flatten(0, 2)
         found = left.clone(), right.clone()

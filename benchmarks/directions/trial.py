@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.directions.formulas import cosine
 from benchmarks.directions.prototype import Prototype
-from gpt.data import Corpus, cut_windows, load_corpus
 from gpt.build import build_gpt
+from gpt.data import Corpus, cut_windows, load_corpus
 from gpt.model import GPTConfig
 from sampling import draw
 
@@ -84,7 +84,9 @@ class Trial:
         unknown = settings.keys() - kinds.keys()
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: the keys are {', '.join(kinds)}")
-        return cls(**{key: value == "True" if kinds[key] is bool else kinds[key](value) for key, value in settings.items()})
+        return cls(
+            **{key: value == "True" if kinds[key] is bool else kinds[key](value) for key, value in settings.items()}
+        )
 
     def differs(self) -> dict[str, Any]:
         """What is not as it is by default."""
@@ -97,9 +99,7 @@ def carry_out(trial: Trial, stop: int | None = None) -> dict[str, Any]:
     corpus = load_corpus(DATA / trial.text, trial.context)
     torch.manual_seed(trial.seed)
     model = build_gpt(
-        GPTConfig(
-            trial.layers, trial.d_model, trial.heads, trial.context, architecture="modern", mlp=trial.mlp
-        )
+        GPTConfig(trial.layers, trial.d_model, trial.heads, trial.context, architecture="modern", mlp=trial.mlp)
     )
     optimizer = Prototype(model, trial)
     curve, training, began = {}, [], time.perf_counter()
@@ -140,7 +140,11 @@ def train(model: nn.Module, optimizer: Prototype, corpus: Corpus, trial: Trial, 
     for part in range(trial.micro):
         samples = draw(
             corpus.train.size - trial.context,
-            seed=trial.seed, step=step, part=part, parts=trial.micro, samples=windows,
+            seed=trial.seed,
+            step=step,
+            part=part,
+            parts=trial.micro,
+            samples=windows,
         )
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(*cut_windows(corpus.train, samples.places, trial.context))
@@ -163,6 +167,7 @@ def validate(model: nn.Module, corpus: Corpus, trial: Trial) -> float:
 
 def commit() -> str:
     """The commit that is checked out, with a plus where files differ from it."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
