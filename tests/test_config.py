@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ds_shampoo import SettingsError, Shampoo, ShampooConfig
-from ds_shampoo.config import GROUP_TAGS, SYNONYMS, parse
+from ds_shampoo.auxiliary import AUXILIARY_ROLES, ROLE_SYNONYMS
+from ds_shampoo.config import GROUP_TAGS, SYNONYMS, GroupSettings, parse
 
 TINY, HUGE = 5e-324, 1.7e308
 NUMBERS = [0, 1, 2, 63, 64, 65, 100, 1023, 10**6, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, 10**400, -1]
@@ -122,6 +123,67 @@ def test_other_names_of_a_key(key: str, meant: str) -> None:
     hint = f"did you mean '{meant}'" if meant in ShampooConfig.model_fields else "unknown key"
     with pytest.raises(SettingsError, match=hint):
         Shampoo([nn.Parameter(torch.ones(2, 2))], **{key: 1})  # type: ignore[arg-type]
+
+
+def refusal(**own: Any) -> str:
+    with pytest.raises(SettingsError) as refused:
+        Shampoo([{"params": [nn.Parameter(torch.ones(2, 2))], **own}])
+    return str(refused.value)
+
+
+def test_other_names_of_a_roles_key() -> None:
+    """Also where they end as what a framework scales by itself."""
+    others = ROLE_SYNONYMS.keys() - GroupSettings.model_fields.keys()
+    assert {"embed_lr_scale", "head_lr_mult", "lm_head_lr_mult", "wd_norm", "bias_lr", "unembed_lr_ratio"} <= others
+    for key in others:
+        assert f"'{key}' = 1: unknown key; did you mean '{ROLE_SYNONYMS[key]}'" in refusal(**{key: 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("embeding_lr_scale", "embedding_lr_scale"),
+        ("Embedding-LR-Scale", "embedding_lr_scale"),
+        ("embedding_lr_sclae", "embedding_lr_scale"),
+        ("vectr_lr_scale", "vector_lr_scale"),
+        ("had_lr_scale", "head_lr_scale"),
+        ("head_lr_scal", "head_lr_scale"),
+        ("vector_weight_decays", "vector_weight_decay"),
+    ],
+)
+def test_misspelt_keys_of_a_role(key: str, meant: str) -> None:
+    assert f"did you mean '{meant}'" in refusal(**{key: 1.0})
+    with pytest.raises(SettingsError, match=f"did you mean '{meant}'"):
+        parse({key: 1.0})
+
+
+@pytest.mark.parametrize("role", AUXILIARY_ROLES)
+def test_a_roles_rate_and_decay_past_their_bounds_are_refused(role: str) -> None:
+    below = "their product must be below 2"
+    own = f"'{role}_weight_decay' = 5.0 with 'lr' = 0.1 and '{role}_lr_scale' = 4.0: {below}"
+    assert own in refusal(lr=0.1, **{f"{role}_lr_scale": 4.0, f"{role}_weight_decay": 5.0})
+    assert f"'weight_decay' = 5.0 with 'lr' = 0.1 and '{role}_lr_scale' = 4.0: {below}" in refusal(
+        lr=0.1, weight_decay=5.0, **{f"{role}_lr_scale": 4.0}
+    )
+    assert f"'lr' = 1000.0 and '{role}_lr_scale' = 2000.0: their product must be at most 1e+06" in refusal(
+        lr=1e3, **{f"{role}_lr_scale": 2e3}
+    )
+    assert f"'{role}_betas[1]' = 1.0" in refusal(**{f"{role}_betas": (0.9, 1.0)})
+
+
+def test_a_schedule_past_a_roles_bounds_is_refused_at_that_step() -> None:
+    bias = nn.Parameter(torch.ones(3))
+    optimizer = Shampoo([bias], lr=0.1, vector_lr_scale=4.0, vector_weight_decay=2.0)
+    bias.grad = torch.ones(3)
+    optimizer.step()
+    before = bias.detach().clone()
+    optimizer.param_groups[0]["lr"] = 0.3
+    with pytest.raises(SettingsError, match=r"'lr' = 0.3 and 'vector_lr_scale' = 4.0: their product must be below 2"):
+        optimizer.step()
+    assert torch.equal(bias, before)
+    optimizer.param_groups[0].update({"lr": 0.1, "vector_lr_scale": 0.0})
+    optimizer.step()
+    assert torch.equal(bias, before)
 
 
 FOREIGN = [

@@ -14,6 +14,7 @@ from tests.distributed import binding_jobs, parallel_jobs
 from tests.distributed.binding_jobs import Outcome
 from tests.distributed.jobs import SHAMPOO, an_empty_group_first, decay_groups, engine_config
 from tests.distributed.pool import WorkerPool
+from tests.distributed.test_parity import BY_ROLE
 
 Pools = Callable[[int], WorkerPool]
 STEPS = 8
@@ -47,6 +48,14 @@ def test_groups_and_a_scheduler(pools: Pools, stage: int, precision: str) -> Non
     config = engine_config(SHAMPOO, stage, 2, precision=precision)
     check(pools, ["config", "object"], config, stage, groups=decay_groups, scheduled=True)
     check(pools, ["config", "object"], config, stage, groups=an_empty_group_first)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_settings_by_role(pools: Pools, stage: int) -> None:
+    """As JSON has them, with lists for pairs."""
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in BY_ROLE.items()}
+    config = engine_config({**SHAMPOO, **settings}, stage, 2)
+    check(pools, ["config", "object", "callable"], config, stage, groups=decay_groups, scheduled=True)
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["deepspeed.initialize", "ds_shampoo.initialize"])

@@ -15,7 +15,7 @@ from ds_shampoo import Shampoo
 from tests.distributed import ddp_jobs, jobs
 from tests.distributed.jobs import SHAMPOO, Trace, alone
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_parity import BF16, FP32, STEPS, check
+from tests.distributed.test_parity import BF16, BY_ROLE, FP32, STEPS, check
 
 Pools = Callable[[int], WorkerPool]
 
@@ -66,6 +66,7 @@ def test_ways_of_reduction_accumulation_and_groups(pools: Pools, ddp: dict[str, 
         {"exchange_dtype": "bfloat16"},
         {"preconditioner": "spectral", "direction_rms": 0.2},
         {"preconditioner": "polar", "direction_rms": 0.2},
+        BY_ROLE,
     ],
     ids=lambda changed: "-".join(map(str, changed.values())),
 )

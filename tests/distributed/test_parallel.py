@@ -15,7 +15,7 @@ from ds_shampoo.state.files import CheckpointError
 from tests.distributed import parallel_jobs
 from tests.distributed.jobs import SHAMPOO, Trace, engine_config
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_parity import FP32
+from tests.distributed.test_parity import BY_ROLE, FP32
 
 Pools = Callable[[int], WorkerPool]
 STEPS = 20
@@ -29,15 +29,17 @@ def apart(found: dict[str, np.ndarray], expected: Trace) -> float:
 
 
 @functools.cache
-def in_one_process(tied: bool) -> Trace:
-    return parallel_jobs.sequential(SHAMPOO, STEPS, tied)
+def in_one_process(tied: bool, by_role: bool = False) -> Trace:
+    return parallel_jobs.sequential({**SHAMPOO, **(BY_ROLE if by_role else {})}, STEPS, tied)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-def test_pipeline(pools: Pools, stage: int, tied: bool) -> None:
-    config = engine_config(SHAMPOO, stage, 2, parallel_jobs.MICRO_BATCHES)
-    expected = in_one_process(tied)
+@pytest.mark.parametrize("by_role", [False, True], ids=["", "by-role"])
+def test_pipeline(pools: Pools, stage: int, tied: bool, by_role: bool) -> None:
+    settings = {**SHAMPOO, **(BY_ROLE if by_role else {})}
+    config = engine_config(settings, stage, 2, parallel_jobs.MICRO_BATCHES)
+    expected = in_one_process(tied, by_role)
     traces = pools(4).run(parallel_jobs.pipeline, config, STEPS, tied)
     assert {trace.extra["stage"] for trace in traces} == {0, 1}
     assert sum(t.metrics["preconditioned_blocks"] for t in traces) == expected.metrics["preconditioned_blocks"] > 0
@@ -109,6 +111,15 @@ def test_experts(pools: Pools, experts_of_one_rank: Trace, stage: int, world_siz
         assert trace.losses == pytest.approx(expected.losses, rel=FP32)
     counted = [sum(t.metrics["preconditioned_blocks"] for t in traces), expected.metrics["preconditioned_blocks"]]
     assert counted[0] == counted[1] > 0
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_settings_by_role_among_experts(pools: Pools, experts_of_one_rank: Trace, stage: int) -> None:
+    settings = {**SHAMPOO, **BY_ROLE}
+    (expected,) = pools(1).run(parallel_jobs.experts, engine_config(settings, 0, 1), STEPS, 1)
+    for trace in pools(4).run(parallel_jobs.experts, engine_config(settings, stage, 4), STEPS, 2):
+        assert apart(trace.extra["end"], expected) <= FP32
+        assert apart(trace.extra["end"], experts_of_one_rank) > 0.1
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -27,6 +27,16 @@ def test_it_makes_an_optimizer_that_knows_the_model() -> None:
     assert "none: embedding" in table
 
 
+def test_roles_have_settings_of_their_own() -> None:
+    net = model()
+    made, settings = ds_shampoo.for_trainer(net, lr=2e-3, embedding_lr_scale=4.0, vector_betas=(0.9, 0.99))
+    table = made([{"params": list(net.parameters()), "weight_decay": 0.1}], **settings).describe()
+    assert (
+        "by role: embedding 4 lr, decay 0.1 (1); weight lr, decay 0.1 (2); vector lr, decay 0.1, betas 0.9, 0.99 (2)"
+        in table
+    )
+
+
 def test_weight_decay_is_trainers() -> None:
     with pytest.raises(SettingsError, match=r"^weight_decay = 0.1: Trainer makes the param groups"):
         ds_shampoo.for_trainer(model(), lr=1e-3, weight_decay=0.1)

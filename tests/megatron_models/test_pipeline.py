@@ -13,7 +13,7 @@ import torch
 from ds_shampoo.frameworks.deepspeed.universal import to_universal
 from tests.distributed.jobs import engine_config
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_parity import FP32
+from tests.distributed.test_parity import BY_ROLE, FP32
 
 pytest.importorskip("megatron.core")
 from tests.megatron_models import pipeline_jobs
@@ -35,10 +35,11 @@ def config_of(ranks: int, stage: int, precision: str = "fp32", **settings: Any) 
     return {**config, "gradient_clipping": CLIP}
 
 
-def reference(pools: Pools, **shape: Any) -> Run:
-    key = str(shape)
+def reference(pools: Pools, own: dict[str, Any] | None = None, **shape: Any) -> Run:
+    """`own` are settings that differ."""
+    key = f"{own}{shape}"
     if key not in _references:
-        config = {**engine_config({**SETTINGS, **EPS}, 0, 1), "gradient_clipping": CLIP}
+        config = {**engine_config({**SETTINGS, **EPS, **(own or {})}, 0, 1), "gradient_clipping": CLIP}
         (_references[key],) = pools(1).run(pipeline_jobs.undivided, config, STEPS, **shape)
     return _references[key]
 
@@ -75,6 +76,13 @@ def test_one_trajectory(
     config = config_of(ranks // tensor_parallel // 2, stage)
     runs = pools(ranks).run(pipeline_jobs.pipeline, config, STEPS, tensor_parallel, tied=tied, **how)
     check(runs, reference(pools, tied=tied))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_settings_by_role(pools: Pools, tied: bool) -> None:
+    own = {**BY_ROLE, "vector_eps": 1e-6}
+    runs = pools(4).run(pipeline_jobs.pipeline, config_of(1, 1, **own), STEPS, 2, tied=tied)
+    check(runs, reference(pools, own, tied=tied))
 
 
 def test_rotary_positions_recomputed_activations_and_evaluation(pools: Pools) -> None:

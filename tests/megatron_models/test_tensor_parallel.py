@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed.jobs import SHAMPOO, engine_config
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_parity import FP32
+from tests.distributed.test_parity import BY_ROLE, FP32
 
 pytest.importorskip("megatron.core")
 from tests.megatron_models import jobs
@@ -61,6 +61,13 @@ def test_one_trajectory(pools: Pools, shape: dict[str, Any], world_size: int, st
     for name in ("decoder.layers.0.input_layernorm.weight", "encoder.layers.0.input_layernorm.weight"):
         copies = [r.end[name] for r in runs if name in r.end]
         assert all(np.array_equal(copy, copies[0]) for copy in copies)  # TP-replicated: to the bit
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (4, 2), (4, 3)])
+def test_settings_by_role(pools: Pools, kind: str, world_size: int, stage: int) -> None:
+    shared = {"kind": kind, "settings": BY_ROLE}
+    check(run(pools, world_size, 2, stage, **shared), reference(pools, {}, **shared))
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 2), (4, 3)])

@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed.jobs import engine_config
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_parity import FP32
+from tests.distributed.test_parity import BY_ROLE, FP32
 
 pytest.importorskip("megatron.core")
 from tests.megatron_models import jobs, training
@@ -59,6 +59,22 @@ def check(runs: list[Run], expected: Run) -> None:
 )
 def test_one_trajectory(pools: Pools, ranks: int, tensor_parallel: int, how: dict[str, Any]) -> None:
     check(pools(ranks).run(training.job, STEPS, tensor_parallel, **WHOLE_LOOP, **how), reference(pools, **WHOLE_LOOP))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor_parallel", "how"),
+    [(2, 1, {}), (2, 1, {"layer_wise": True}), (4, 2, {"distributed": True}), (2, 1, {"pipeline_parallel": 2})],
+    ids=["dp", "layer-wise", "tp-distributed", "pipeline"],
+)
+def test_settings_by_role(pools: Pools, ranks: int, tensor_parallel: int, how: dict[str, Any]) -> None:
+    """Its schedule writes every group's rate and decay; scales hold of the rate, and roles' own decays go before."""
+    shared = {**WHOLE_LOOP, "by_name": "pipeline_parallel" in how}
+    settings = {"settings": {**BY_ROLE, "vector_eps": 1e-6}}  # keys' biases have no gradient but rounding
+    expected = reference(pools, **shared, **settings)
+    check(pools(ranks).run(training.job, STEPS, tensor_parallel, **shared, **settings, **how), expected)
+    usual = reference(pools, **shared).end
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"):
+        assert np.abs(expected.end[name] - usual[name]).max() > 1e-3, name
 
 
 def test_more_ranks_than_query_groups(pools: Pools, tmp_path: Path) -> None:
@@ -120,10 +136,11 @@ EXPERTS = {"experts": 4, "expert_parallel": 2, "by_name": True}
         ({"layer_wise": True, "bf16": True}, []),
         ({**SHARDED, "settings": {"preconditioner": "spectral", "root_dtype": "bfloat16"}}, []),
         ({**SHARDED, "settings": {"preconditioner": "polar"}}, []),
+        ({**SHARDED, "settings": BY_ROLE}, [(4, {**SHARDED, "tensor_parallel": 2, "settings": BY_ROLE})]),
     ],
     ids=[
         *("dp", "distributed", "pipeline", "experts"),
-        *("distributed-buckets", "distributed-bf16", "layer-wise-bf16", "spectral-bf16-roots", "polar"),
+        *("distributed-buckets", "distributed-bf16", "layer-wise-bf16", "spectral-bf16-roots", "polar", "by-role"),
     ],
 )
 def test_it_resumes_bit_for_bit(

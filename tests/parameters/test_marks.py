@@ -29,6 +29,16 @@ def test_megatrons_own_attribute_is_the_mark() -> None:
     assert "output head" in Shampoo(model.named_parameters()).describe()
 
 
+def test_an_embedding_that_pipeline_stages_share_is_one_under_any_name() -> None:
+    """Its copy is an output layer, by name and by Megatron's other mark."""
+    model = nn.ModuleDict({"output_layer": nn.Linear(6, 9, bias=False)})
+    mark_embedding_or_head(model["output_layer"].weight)  # type: ignore[arg-type]
+    assert "none: output head" in Shampoo(model.parameters(), model=model).describe()
+    model["output_layer"].weight.shared_embedding = True  # type: ignore[assignment]
+    for optimizer in (Shampoo(model.parameters(), model=model), Shampoo(model.named_parameters())):
+        assert "none: embedding (embedding: diagonal)" in optimizer.describe()
+
+
 def test_shapes_are_read_where_zero_has_taken_the_elements_away_before_there_is_an_engine() -> None:
     model = nn.ModuleDict({"experts": nn.ParameterList([nn.Parameter(torch.zeros(3, 8, 4))]), "out": nn.Linear(4, 6)})
     for parameter in model.parameters():

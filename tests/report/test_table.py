@@ -52,6 +52,19 @@ def test_without_a_model_what_may_be_a_vocabulary_is_named(caplog: pytest.LogCap
     assert warnings(caplog, model.named_parameters(), roles={"words.*": "embedding"}) == ""
 
 
+def test_roles_are_shown_with_what_holds_for_each() -> None:
+    """The present settings, of each param group by itself."""
+    model = Model(50)
+    model.words.requires_grad_(False)
+    groups = [{"params": [model.layer.weight, model.words.weight]}, {"params": [model.layer.bias], "weight_decay": 0.0}]
+    optimizer = Shampoo(groups, model=model, weight_decay=0.1, vector_lr_scale=0.5, vector_eps=1e-6)
+    text = optimizer.describe()
+    assert "by role: weight lr, decay 0.1 (1); vector 0.5 lr, decay 0, eps 1e-06 (1)\n" in text
+    assert [line.split("│")[3].strip() for line in text.splitlines() if "│" in line] == ["weight", "", "vector"]
+    optimizer.param_groups[1].update({"weight_decay": 0.3, "vector_lr_scale": 2.0})
+    assert "vector 2 lr, decay 0.3, eps 1e-06 (1)" in optimizer.describe()
+
+
 def test_without_names_nothing_can_be_told(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings(caplog, Model(100).parameters()).count("neither a model nor names") == 1
     assert "names" not in warnings(caplog, [nn.Parameter(torch.zeros(7))])
