@@ -208,12 +208,12 @@ def test_metrics_count_what_happened() -> None:
     run(optimizer, [param], range(5))
     metrics = optimizer.metrics()
     assert metrics["owned_blocks"] == metrics["preconditioned_blocks"] == 2
-    # Begun at steps 1 and 4 for the first block, 2 and 5 for the second; in force two steps later.
-    assert metrics["root_updates"] == 2 * 2
-    assert (metrics["root_age_mean"], metrics["root_age_max"]) == (3.5, 4)
+    # Begun at steps 1, 2, 3 and 5 for the first block, 1, 2 and 3 for the second; in force a step later.
+    assert metrics["root_updates"] == 2 * 6
+    assert (metrics["root_age_mean"], metrics["root_age_max"]) == (2.0, 2)
     assert metrics["exchange_bytes"] == metrics["roots_failed"] == 0
     run(optimizer, [param], range(5, 6))
-    assert optimizer.metrics()["root_age_mean"] == 3
+    assert optimizer.metrics()["root_age_mean"] == 2
     phases = ("elementwise", "exchange", "statistics", "precondition")
     assert all(optimizer.metrics(sync=True)[f"{phase}_ms"] > 0 for phase in phases)
 

@@ -206,12 +206,10 @@ class Oracle:
             if t < start:
                 continue
             self.install(block, t)
-            own = block["place"] % s["root_interval"]
-            early = t - start == own % 10 and own >= 10
-            if early or (t - start - own) % s["root_interval"] == 0:
+            if t == start - 1 + self.boundary(t - start + 1, block["place"]):
                 p = math.ceil({"shampoo": 2, "spectral": 4, "polar": 1.5}[s["preconditioner"]] * len(blocks["on"]))
                 roots = [self.root(block, k, p) for k in range(len(blocks["on"]))]
-                delay = min(self.delay(), own - own % 10) if early else self.delay()
+                delay = min(self.delay(), max(1, (t - start + 1) // 4))
                 block["coming"] = (t + delay, roots)
                 self.install(block, t)
             if any(root is None for root in block["X"]):
@@ -237,6 +235,16 @@ class Oracle:
         if self.s["root_delay"] is not None:
             return int(self.s["root_delay"])
         return math.ceil(self.s["root_interval"] / 2) if self.s["root_overlap"] else 0
+
+    def boundary(self, k: int, place: int) -> int:
+        """Section 3: the block's in the round of the k-th step."""
+        interval, r = self.s["root_interval"], 1
+        while (after := r + min(interval, math.ceil(r / 2))) <= k:
+            r = after
+        m = max(1, math.floor(0.618 * interval))
+        while any(m % d == 0 and interval % d == 0 for d in range(2, m + 1)):
+            m += 1
+        return r + math.floor((after - r) * (place * m % interval) / interval)
 
     def install(self, block: dict[str, Any], t: int) -> None:
         if block["coming"] is not None and t >= block["coming"][0]:

@@ -226,9 +226,8 @@ def main():
     jobs.inverse_root = slow
     param = nn.Parameter(torch.randn(64, 64))
     optimizer = Shampoo([param], lr=0.01, block_size=16, root_interval=10, root_threads=2)
-    for _ in range(3):
-        param.grad = torch.randn(64, 64)
-        optimizer.step()
+    param.grad = torch.randn(64, 64)
+    optimizer.step()  # which begins roots of all blocks; the next step would wait for them
     assert sum(thread.name == "ds_shampoo-root" for thread in threading.enumerate()) == 2
     print("jobs under way", flush=True)
     {end}

@@ -82,7 +82,7 @@ class RootKeeper:
             self._install_due(slot, step, settings)
             turn = self._turns[slot]
             if schedule.is_boundary(step, turn) and self._stack.updates[slot]:
-                self._begin(slot, step, schedule.delay(step, turn, usual), settings)
+                self._begin(slot, step, schedule.delay(step, usual), settings)
                 if self._settled_at_once(slot, step):
                     self._install_due(slot, step, settings)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.config import GroupSettings
-
-# Blocks begin their first roots within so many steps, however long the interval is.
-FIRST_WITHIN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,56 @@ class RootSchedule:
 
     def is_boundary(self, step: int, turn: int) -> bool:
         """Whether new roots are begun at this step for the block at this turn."""
-        passed, own = step - self.start_preconditioning_step, turn % self.root_interval
-        return passed == own % FIRST_WITHIN or (passed >= own and (passed - own) % self.root_interval == 0)
+        count, interval = step - self.start_preconditioning_step + 1, self.root_interval
+        if count < 1:
+            return False
+        begin, length = _round_of(count, interval)
+        return count == begin + length * (turn * _stride(interval) % interval) // interval
 
-    def delay(self, step: int, turn: int, usual: int) -> int:
-        """Steps until the roots begun at this boundary are in force: `usual`, or fewer, to be there before the next."""
-        passed, own = step - self.start_preconditioning_step, turn % self.root_interval
-        return min(usual, own - passed) if passed < own else usual
+    def delay(self, step: int, usual: int) -> int:
+        """Steps until the roots begun at this boundary are in force: `usual`, or early a quarter of the step count.
+
+        They are there before the block's next ones are begun.
+        """
+        return min(usual, max(1, (step - self.start_preconditioning_step + 1) // 4))
+
+
+def _round_of(count: int, interval: int) -> tuple[int, int]:
+    """The step count at which a round began, and how many steps it takes; each block has one boundary in it.
+
+    Statistics change fast at first: rounds take half of the steps so far, rounded up, until that is the interval.
+    """
+    begins = _early_rounds(interval)
+    if count >= begins[-1]:
+        return count - (count - begins[-1]) % interval, interval
+    begin = begins[bisect.bisect_right(begins, count) - 1]
+    return begin, (begin + 1) // 2
+
+
+@functools.cache
+def _early_rounds(interval: int) -> tuple[int, ...]:
+    """Where rounds begin, up to the first that takes the whole interval: 1, 2, 3, 5, 8, 12, 18, 27, 41, ..."""
+    begins = [1]
+    while (begins[-1] + 1) // 2 < interval:
+        begins.append(begins[-1] + (begins[-1] + 1) // 2)
+    return tuple(begins)
+
+
+@functools.cache
+def _stride(interval: int) -> int:
+    """How far apart blocks of neighbouring turns are in a round: about the golden section of it.
+
+    So those of any few neighbours are spread over it, however many steps it takes. Without a divisor in common with
+    the interval, which gives every step of it as many.
+    """
+    stride = max(1, interval * 618 // 1000)
+    while math.gcd(stride, interval) > 1:
+        stride += 1
+    return stride
 
 
 def turns_of(blocks: Sequence[Block], first: int = 0) -> list[int]:
-    """Every block's place in a round of boundaries: blocks of equal work follow each other, one step apart.
+    """Every block's turn, which decides its place in a round of boundaries: blocks of equal work follow each other.
 
     Each step of an interval then begins roots for an equal share of every size of block. Neighbours in the model
     are neighbours here, so the share is equal on every rank that owns a consecutive part of it too. The turns

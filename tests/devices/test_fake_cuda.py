@@ -15,6 +15,7 @@ from ds_shampoo import Shampoo
 from ds_shampoo.config import Grafting
 from tests.devices import fake_cuda as stand_ins
 from tests.devices.fake_cuda import CUDA, OffloadLayout, ShardedLayout, Watch, fake_ranks
+from tests.quiet import quiet_steps
 
 SHAPES = [(24, 16), (17,), (8, 16), (8, 4, 3, 3)]
 LAYOUTS = ("whole", "offload", "flat", "pieces")
@@ -103,7 +104,8 @@ def test_no_step_waits_for_the_device(watch: Watch, ranks: Any, layout: str, pre
 def test_a_step_like_another_launches_the_same(watch: Watch, ranks: Any, layout: str) -> None:
     """With all roots of a round put in force; the counts by operation are there for whoever puts bounds on them."""
     optimizer, held = job(layout, ranks, root_interval=100, statistics_beta=0.9)
-    for _ in range(14):  # all blocks' first roots are begun in the first ten steps
+    step(optimizer, held)
+    for _ in range(2, quiet_steps(optimizer, root_interval=100, root_delay=1, count=3)):
         step(optimizer, held)
     counts = []
     for _ in range(3):

@@ -208,15 +208,15 @@ def test_a_root_that_fails_for_good_stops_prepare_alone(
     monkeypatch: pytest.MonkeyPatch, delay: int, undisturbed: Callable[[int], Run]
 ) -> None:
     run = Run(delay, overlap=delay > 0)
-    for number in range(1, 7):
+    for number in range(1, 8):
         run.step(number)
     run.check_buffers()  # which settles what is under way
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "inverse_root", lambda *_: inverse_root(torch.empty(2**50), 1, 1.0))
-        run.step(7)  # the boundary of a block, which fails now or when it is due
+        run.step(8)  # the boundary of a block, which fails now or when it is due
         if delay == 2:
-            run.step(8)
-        before, clock = [root.clone() for root in run.stack.roots], [7 + max(delay, 1)] * BLOCKS
+            run.step(9)
+        before, clock = [root.clone() for root in run.stack.roots], [8 + max(delay, 1)] * BLOCKS
         for _ in range(3):
             with pytest.raises(WorkerError, match=r"block w\[\d\]: RuntimeError"):
                 run.keeper.prepare(clock, run.settings)

@@ -123,15 +123,15 @@ def test_a_block_that_never_had_a_gradient_waits() -> None:
 def test_state_goes_round_with_jobs_under_way(threshold: float) -> None:
     chosen = settings(root_refresh_threshold=threshold, root_interval=3)
     stack, keeper, _ = make(delay=3)
-    for step in range(1, 6):  # roots of step 1 in force since step 4, those of step 4 due at step 7
+    for step in range(1, 16):  # roots of step 11 in force since step 13, those of step 14 due at step 17
         stack.update(grads(step), [0], BETA)
         keeper.advance([step], chosen)
     other_stack, other, _ = make(delay=3)
     other_stack.load_block_state(0, stack.block_state(0))
     other.load_block_state(0, keeper.block_state(0), chosen)
-    assert keeper.block_state(0)["pending"]["due_at"] == 7
-    assert other.age(0, 5) == keeper.age(0, 5) == 4
-    for step in range(6, 12):
+    assert keeper.block_state(0)["pending"]["due_at"] == 17
+    assert other.age(0, 15) == keeper.age(0, 15) == 4
+    for step in range(16, 22):
         for each, keeping in ((stack, keeper), (other_stack, other)):
             each.update(grads(step), [0], BETA)
             keeping.advance([step], chosen)
@@ -143,17 +143,20 @@ def test_roots_are_those_of_the_boundary_and_come_when_they_are_due(overlap: boo
     stack, keeper, counts = make(delay=2, overlap=overlap)
     now, now_keeper, _ = make()
     chosen = settings(root_interval=4)
-    for step in range(1, 8):
+    due = {1: 2, 2: 3, 3: 4, 5: 6, 8: 10, 12: 14}  # after a quarter of the steps, from the eighth on after two
+    begun: dict[int, list[torch.Tensor]] = {}
+    for step in range(1, 16):
         for each, keeping in ((stack, keeper), (now, now_keeper)):
             each.update(grads(step), [0], BETA)
             keeping.advance([step], chosen)
-        if step in (1, 5):
-            expected = [root.clone() for root in now.roots]
-        assert stack.ready == [step >= 3]
-        assert counts.updates == (step >= 3) * 2 + (step >= 7) * 2
-        if step in (3, 4, 7):
-            assert all(torch.equal(a, b) for a, b in zip(stack.roots, expected, strict=True))
-            assert keeper.age(0, step) == step - (1 if step < 7 else 5)
+        if step in due:
+            begun[step] = [root.clone() for root in now.roots]
+        arrived = [at for at in begun if due[at] <= step]
+        assert stack.ready == [step >= 2]
+        assert counts.updates == 2 * len(arrived)
+        if arrived:
+            assert all(map(torch.equal, stack.roots, begun[arrived[-1]]))
+            assert keeper.age(0, step) == step - arrived[-1]
 
 
 def test_a_parameter_without_gradient_is_left_alone() -> None:
