@@ -21,7 +21,10 @@ class OptimizerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Momentum:
-    """A momentum that rises in equal steps from `start` to `end` within the first `warmup` steps."""
+    """A momentum that rises in equal steps from `start` to `end` within the first `warmup` steps.
+
+    One that ends below `start` is `end` all the time.
+    """
 
     end: float
     start: float
@@ -30,7 +33,7 @@ class Momentum:
     def at(self, step: int) -> float:
         """The momentum of a step, counted from 1."""
         part = min(1.0, step / self.warmup) if self.warmup else 1.0
-        return self.start + part * (self.end - self.start)
+        return self.end - (1 - part) * max(0.0, self.end - self.start)
 
 
 class ByRole(Optimizer):

@@ -80,12 +80,8 @@ SHAMPOO = Contender(
     (RATE, FIRST_BETA, *BY_ROLE, *_LAST),
 )
 
-_WHITENED: dict[str, Value] = {"direction_rms": 0.2, "statistics_beta": 0.95, "root_interval": 10}
-SPECTRAL = replace(
-    SHAMPOO,
-    name="Spectral",
-    settings={**SHAMPOO.settings, **_WHITENED, "lr": 8e-3, "preconditioner": "spectral"},
-)
+# The preconditioner alone: what belongs to it are its own defaults.
+SPECTRAL = replace(SHAMPOO, name="Spectral", settings={**SHAMPOO.settings, "lr": 8e-3, "preconditioner": "spectral"})
 POLAR = replace(SPECTRAL, name="Polar", settings={**SPECTRAL.settings, "preconditioner": "polar"})
 
 

@@ -39,7 +39,7 @@ GPT_MODERN = Study(
     steps=120,
     small_steps=20,
     batch=64,
-    tuning=Tuning("python_docs", steps=60, budget=20),
+    tuning=Tuning("python_docs", steps=60, budget=16),
     contenders=(*EVERYONE, FACEBOOK_THIRD),
 )
 
@@ -48,7 +48,7 @@ GPT_MODERN_BPE = replace(
     name="gpt_modern_bpe",
     title="Language model: the same GPT with BPE of 4,096 tokens, 5.5M parameters",
     arguments=(*_MODERN, "--vocabulary", "4096"),
-    tuning=Tuning("python_docs", steps=60, budget=8, after="gpt_modern"),
+    tuning=Tuning("python_docs", steps=60, budget=6, after="gpt_modern"),
     contenders=EVERYONE,
 )
 
@@ -59,7 +59,7 @@ GPT_MODERN_12M = replace(
     arguments=(*_MODERN, "--vocabulary", "bytes", "--d-model", "512", "--heads", "8"),
     small_steps=8,
     evaluations=20,
-    tuning=Tuning("python_docs", steps=60, budget=8, after="gpt_modern"),
+    tuning=Tuning("python_docs", steps=60, budget=6, after="gpt_modern"),
     contenders=EVERYONE,
 )
 
@@ -75,7 +75,7 @@ BERT = Study(
     small_steps=20,
     evaluations=30,
     batch=128,
-    tuning=Tuning("gutenberg", steps=75, budget=16),
+    tuning=Tuning("gutenberg", steps=75, budget=12),
     contenders=EVERYONE,
 )
 
@@ -91,7 +91,7 @@ TRANSLATION = Study(
     small_steps=20,
     evaluations=24,
     batch=384,
-    tuning=Tuning("help_en_de_tuning", steps=60, budget=16),
+    tuning=Tuning("help_en_de_tuning", steps=60, budget=12),
     contenders=EVERYONE,
 )
 
@@ -105,7 +105,7 @@ CLICKS = Study(
     steps=300,
     small_steps=30,
     batch=2048,
-    tuning=Tuning("flights_tuning", steps=150, budget=16),
+    tuning=Tuning("flights_tuning", steps=150, budget=12),
     contenders=tuple(at(contender, 4e-3, embedding_lr_scale=1.0) for contender in EVERYONE),
 )
 
@@ -133,7 +133,7 @@ IMAGES = Study(
     small_steps=20,
     evaluations=20,
     batch=1024,
-    tuning=Tuning("fashion_mnist_tuning", steps=75, budget=16),
+    tuning=Tuning("fashion_mnist_tuning", steps=75, budget=12),
     contenders=(at(ADAMW, 32e-3), SGD, *(at(contender, 32e-3) for contender in (SHAMPOO, SPECTRAL, POLAR))),
 )
 

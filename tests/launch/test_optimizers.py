@@ -80,7 +80,7 @@ def test_convolutions_are_adamw_s_at_the_rate_itself() -> None:
 def test_momentum_rises_to_its_end_and_goes_on_from_a_checkpoint() -> None:
     ramp = Momentum(end=0.95, start=0.85, warmup=4)
     assert [ramp.at(step) for step in (1, 2, 4, 5)] == pytest.approx([0.875, 0.9, 0.95, 0.95])
-    assert Momentum(0.9, 0.85, 0).at(1) == 0.9
+    assert Momentum(0.9, 0.85, 0).at(1) == Momentum(0.9, 0.95, 4).at(1) == 0.9
     straight, parts = model(), model()
     optimizer = TorchMuon(straight, momentum_warmup=5)
     train(straight, optimizer)
