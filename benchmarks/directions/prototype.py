@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.directions.formulas import inverse_root, polar
 from benchmarks.workload import hidden_matrices
+from ds_shampoo import Shampoo
 
 if TYPE_CHECKING:
     from benchmarks.directions.trial import Trial
@@ -72,6 +73,45 @@ class Prototype:
             adam.step(step, self.trial.lr * rate, self.trial)
         for p in self.parameters:
             p.grad = None
+        self.seconds += time.thread_time() - start
+
+
+class Packaged:
+    """The package's own optimizer under one trial's settings: direction "ds:polar", say."""
+
+    def __init__(self, model: nn.Module, trial: Trial) -> None:
+        self.trial, self.seconds = trial, 0.0
+        self.parameters = list(model.parameters())
+        roles = {f"{role}_lr_scale": getattr(trial, role) for role in ("embedding", "head", "vector")}
+        undecayed = {f"{role}_weight_decay": 0.0 for role in ("embedding", "head", "vector")}
+        self.optimizer = Shampoo(
+            self.parameters,
+            model=model,
+            preconditioner=trial.direction.partition(":")[2],
+            direction_rms=trial.rms,
+            weight_decay=trial.weight_decay,
+            betas=(trial.momentum, trial.beta2),
+            eps=trial.eps,
+            block_size=trial.block,
+            statistics_beta=trial.statistics_beta,
+            matrix_epsilon=trial.ridge,
+            root_interval=trial.interval,
+            root_threads=1,
+            **roles,
+            **undecayed,
+        )
+
+    def take_micro_batch(self) -> None:
+        """Nothing: the package sees a step's gradient alone."""
+
+    def step(self, step: int, rate: float) -> None:
+        """One step, counted from 0, at `rate` of the peak rates."""
+        start = time.thread_time()
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.trial.lr * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.seconds += time.thread_time() - start
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.directions.formulas import cosine
-from benchmarks.directions.prototype import Prototype
+from benchmarks.directions.prototype import Packaged, Prototype
 from gpt.build import build_gpt
 from gpt.data import Corpus, cut_windows, load_corpus
 from gpt.model import GPTConfig
@@ -101,7 +101,7 @@ def carry_out(trial: Trial, stop: int | None = None) -> dict[str, Any]:
     model = build_gpt(
         GPTConfig(trial.layers, trial.d_model, trial.heads, trial.context, architecture="modern", mlp=trial.mlp)
     )
-    optimizer = Prototype(model, trial)
+    optimizer = (Packaged if trial.direction.startswith("ds:") else Prototype)(model, trial)
     curve, training, began = {}, [], time.perf_counter()
     spent = 0.0
     averages = {decay: [p.detach().clone() for p in model.parameters()] for decay in AVERAGES}
@@ -134,7 +134,7 @@ def carry_out(trial: Trial, stop: int | None = None) -> dict[str, Any]:
     }
 
 
-def train(model: nn.Module, optimizer: Prototype, corpus: Corpus, trial: Trial, step: int) -> float:
+def train(model: nn.Module, optimizer: Packaged | Prototype, corpus: Corpus, trial: Trial, step: int) -> float:
     """Forward and backward of one step's micro-batches; gradients are left to the optimizer."""
     total, windows = 0.0, trial.tokens // trial.context // trial.micro
     for part in range(trial.micro):
