@@ -30,6 +30,8 @@ DEFAULTS: dict[str, Any] = {
     "decoupled_weight_decay": True,
     "momentum": "before",
     "nesterov": True,
+    "momentum_warmup_steps": 0,
+    "momentum_warmup_start": 0.85,
     "grafting": "adam",
     "block_size": 8,
     "max_preconditioner_dim": None,
@@ -126,9 +128,9 @@ class Oracle:
 
     def step_one(self, name: str, g: Tensor) -> None:
         s, p = self.s, self.params[name]
-        b1 = s["betas"][0]
         self.t[name] += 1
         t = self.t[name]
+        b1 = self.beta1(t)
         if not s["decoupled_weight_decay"]:
             g = g + s["weight_decay"] * p
         if s["momentum"] == "before":
@@ -147,10 +149,14 @@ class Oracle:
         self.params[name] = p - s["lr"] * u
 
     def unbiased(self, m: Tensor, value: Tensor, t: int) -> Tensor:
-        b1 = self.s["betas"][0]
         if self.s["nesterov"]:
-            return (b1 * m + (1 - b1) * value) / (1 - b1 ** (t + 1))
-        return m / (1 - b1**t)
+            b1 = self.beta1(t + 1)
+            return (b1 * m + (1 - b1) * value) / (1 - math.prod(self.beta1(i) for i in range(1, t + 2)))
+        return m / (1 - math.prod(self.beta1(i) for i in range(1, t + 1)))
+
+    def beta1(self, t: int) -> float:
+        b1, warmup, start = self.s["betas"][0], self.s["momentum_warmup_steps"], self.s["momentum_warmup_start"]
+        return float(min(b1, start) + (b1 - min(b1, start)) * (t - 1) / warmup) if t <= warmup else float(b1)
 
     def grafting(self, name: str, g: Tensor, x: Tensor, t: int) -> Tensor:
         method, b2, eps = self.s["grafting"], self.s["betas"][1], self.s["eps"]
@@ -356,6 +362,9 @@ def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> 
         {"preconditioner": "polar", "embedding": "one_sided", "block_size": 40, "merge_small_dims": False},
         {"preconditioner": "polar", "inverse_exponent_override": 2, "grafting": "none"},
         {"direction_rms": 0.3},
+        {"momentum_warmup_steps": 12, "momentum_warmup_start": 0.3},
+        {"momentum_warmup_steps": 40, "momentum": "after", "nesterov": False},
+        {"momentum_warmup_steps": 5, "betas": (0.5, 0.9)},
         {"block_size": 5},
         {"block_size": 64},
         {"block_size": 40, "merge_small_dims": False},
