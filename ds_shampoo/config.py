@@ -142,6 +142,9 @@ class _Common(BaseModel):
     decoupled_weight_decay: bool = True
     momentum: Literal["before", "after"] = "before"
     nesterov: bool = True
+    # In which the decay of the gradient's average rises from the start to betas[0].
+    momentum_warmup_steps: Annotated[int, Field(ge=0, le=100_000)] = 0
+    momentum_warmup_start: Beta = 0.85
     grafting: Grafting = "adam"
     preconditioner: Annotated[str, AfterValidator(_known_preconditioner)] = "shampoo"
     block_size: PositiveInt = 1024

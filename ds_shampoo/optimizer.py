@@ -58,6 +58,8 @@ class Shampoo(StatefulOptimizer):
             param group that does not set the same key.
         momentum: "before": the gradient's average is preconditioned; "after": the directions are averaged.
         nesterov: look one step ahead in that average.
+        momentum_warmup_steps, momentum_warmup_start: in so many steps the average's decay rises from that start to
+            `betas[0]`, where it is below it.
         grafting: whose step length each block takes: none, sgd, adagrad, rmsprop, adam, or one of the last four
             with "_normalized".
         preconditioner: "shampoo"; "spectral": spectral descent in the coordinates that the statistics give; or "polar":
@@ -130,6 +132,8 @@ class Shampoo(StatefulOptimizer):
         decoupled_weight_decay: bool = True,
         momentum: Literal["before", "after"] = "before",
         nesterov: bool = True,
+        momentum_warmup_steps: int = 0,
+        momentum_warmup_start: float = 0.85,
         grafting: Grafting = "adam",
         preconditioner: str = "shampoo",
         direction_rms: float | Literal["grafting"] | None = None,

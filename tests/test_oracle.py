@@ -33,6 +33,8 @@ DEFAULTS: dict[str, Any] = {
     "decoupled_weight_decay": True,
     "momentum": "before",
     "nesterov": True,
+    "momentum_warmup_steps": 0,
+    "momentum_warmup_start": 0.85,
     "grafting": "adam",
     "block_size": 8,
     "max_preconditioner_dim": None,
@@ -130,16 +132,17 @@ class Oracle:
 
     def step_one(self, name: str, g: Tensor) -> None:
         s, p = self.s, self.params[name]
-        b1, lr, decay = self.own(name, "betas")[0], s["lr"], self.own(name, "weight_decay")
+        lr, decay = s["lr"], self.own(name, "weight_decay")
         if self.role(name):
             lr *= s[f"{self.role(name)}_lr_scale"] or 1
         self.t[name] += 1
         t = self.t[name]
+        b1 = self.beta1(name, t)
         if not s["decoupled_weight_decay"]:
             g = g + decay * p
         if s["momentum"] == "before":
             self.m[name] = b1 * self.m[name] + (1 - b1) * g
-            x = self.unbiased(self.m[name], g, t, b1)
+            x = self.unbiased(name, g, t)
         else:
             x = g
         u = self.grafting(name, g, x, t)
@@ -147,7 +150,7 @@ class Oracle:
             u = self.precondition(name, g, x, u, t)
         if s["momentum"] == "after":
             self.m[name] = b1 * self.m[name] + (1 - b1) * u
-            u = self.unbiased(self.m[name], u, t, b1)
+            u = self.unbiased(name, u, t)
         if s["decoupled_weight_decay"]:
             p = p * (1 - lr * decay)
         self.params[name] = p - lr * u
@@ -163,10 +166,16 @@ class Oracle:
         found = None if self.role(name) is None else self.s[f"{self.role(name)}_{key}"]
         return self.s[key] if found is None else found
 
-    def unbiased(self, m: Tensor, value: Tensor, t: int, b1: float) -> Tensor:
+    def unbiased(self, name: str, value: Tensor, t: int) -> Tensor:
+        m = self.m[name]
         if self.s["nesterov"]:
-            return (b1 * m + (1 - b1) * value) / (1 - b1 ** (t + 1))
-        return m / (1 - b1**t)
+            b1 = self.beta1(name, t + 1)
+            return (b1 * m + (1 - b1) * value) / (1 - math.prod(self.beta1(name, i) for i in range(1, t + 2)))
+        return m / (1 - math.prod(self.beta1(name, i) for i in range(1, t + 1)))
+
+    def beta1(self, name: str, t: int) -> float:
+        b1, warmup, start = self.own(name, "betas")[0], self.s["momentum_warmup_steps"], self.s["momentum_warmup_start"]
+        return float(min(b1, start) + (b1 - min(b1, start)) * (t - 1) / warmup) if t <= warmup else float(b1)
 
     def grafting(self, name: str, g: Tensor, x: Tensor, t: int) -> Tensor:
         method, b2, eps = self.s["grafting"], self.own(name, "betas")[1], self.own(name, "eps")
@@ -372,6 +381,9 @@ def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> 
         {"preconditioner": "polar", "embedding": "one_sided", "block_size": 40, "merge_small_dims": False},
         {"preconditioner": "polar", "inverse_exponent_override": 2, "grafting": "none"},
         {"direction_rms": 0.3},
+        {"momentum_warmup_steps": 12, "momentum_warmup_start": 0.3},
+        {"momentum_warmup_steps": 40, "momentum": "after", "nesterov": False},
+        {"momentum_warmup_steps": 5, "betas": (0.5, 0.9)},
         {"block_size": 5},
         {"block_size": 64},
         {"block_size": 40, "merge_small_dims": False},

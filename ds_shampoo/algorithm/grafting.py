@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from ds_shampoo.algorithm.momentum import MomentumSchedule
 from ds_shampoo.algorithm.multi_tensor import Tensors, TorchKernels
 
 
@@ -19,7 +20,14 @@ def is_normalized(grafting: str) -> bool:
 
 
 def average(
-    kernels: TorchKernels, values: Tensors, exp_avgs: Tensors, outs: Tensors, *, step: int, beta1: float, nesterov: bool
+    kernels: TorchKernels,
+    values: Tensors,
+    exp_avgs: Tensors,
+    outs: Tensors,
+    *,
+    step: int,
+    schedule: MomentumSchedule,
+    nesterov: bool,
 ) -> None:
     """`exp_avgs` take `values` in, and `outs` become their unbiased (Nesterov) averages.
 
@@ -28,12 +36,13 @@ def average(
     Args:
         values, exp_avgs, outs: [numel] fp32 each; `outs` may be `values`.
         step: the parameters' step count, 1 at their first step.
+        schedule: of the average's decay.
     """
-    kernels.lerp(exp_avgs, values, exp_avgs, weight=1 - beta1)
+    kernels.lerp(exp_avgs, values, exp_avgs, weight=1 - schedule.at(step))
     if nesterov:
-        kernels.lerp(values, exp_avgs, outs, weight=beta1, factor=1 / (1 - beta1 ** (step + 1)))
+        kernels.lerp(values, exp_avgs, outs, weight=schedule.at(step + 1), factor=1 / (1 - schedule.product(step + 1)))
     else:
-        kernels.scale(exp_avgs, 1 / (1 - beta1**step), outs)
+        kernels.scale(exp_avgs, 1 / (1 - schedule.product(step)), outs)
 
 
 def grafting_step(

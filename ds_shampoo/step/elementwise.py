@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm import grafting
+from ds_shampoo.algorithm.momentum import MomentumSchedule
 from ds_shampoo.algorithm.multi_tensor import TorchKernels, kernels_for
 from ds_shampoo.auxiliary import RoleSettings, SettingsRole
 from ds_shampoo.config import GroupSettings
@@ -180,9 +181,9 @@ class ElementwiseStep:
             self._average(batch, batch.of(self._grads), batch.of(self._vectors))
 
     def _average(self, batch: _Batch, values: list[Tensor], outs: list[Tensor]) -> None:
-        beta1, nesterov = batch.settings.betas[0], self._settings.nesterov
-        exp_avgs = batch.of(self._exp_avgs)
-        grafting.average(batch.kernels, values, exp_avgs, outs, step=batch.step, beta1=beta1, nesterov=nesterov)
+        s, exp_avgs = self._settings, batch.of(self._exp_avgs)
+        schedule = MomentumSchedule(batch.settings.betas[0], s.momentum_warmup_steps, s.momentum_warmup_start)
+        grafting.average(batch.kernels, values, exp_avgs, outs, step=batch.step, schedule=schedule, nesterov=s.nesterov)
 
     def _graft(self, batch: _Batch, grads: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         grafting.grafting_step(
