@@ -20,7 +20,7 @@ BY_ROLE = (
 SECOND_BETA = Axis("betas.1", (0.9, 0.95, 0.98, 0.99))
 WARMUP = Axis("scheduler.warmup_num_steps", (0.05, 0.1, 0.2, 0.3))
 DECAY = Axis("weight_decay", (0.0, 0.01, 0.03, 0.1, 0.3))
-EPS = Axis("eps", (1e-12, 1e-10, 1e-8))
+EPS = Axis("eps", (1e-12, 1e-10, 1e-8, 1e-6))
 
 _MOMENTA = (0.8, 0.85, 0.9, 0.95, 0.975)
 MOMENTUM = Axis("momentum", _MOMENTA)

@@ -115,7 +115,7 @@ def _about(outcome: Outcome) -> list[str]:
         carried = f", from what `{tuning.after}` chose on" if tuning.after else ""
         lines.append(
             f"Settings were chosen on `{tuning.corpus}`, seed {protocol.tuning_seed}, {steps} steps: at most "
-            f"{protocol.budget(tuning)} trials for every optimizer{carried}."
+            f"{_trial_count(protocol.budget(tuning))} for every optimizer{carried}."
         )
     if sigma is not None:
         lines.append(
@@ -220,7 +220,7 @@ def _trials(outcome: Outcome) -> list[str]:
     for contender in outcome.study.contenders:
         tried = outcome.trials_of(contender)
         best = min(tried, key=lambda trial: trial.score, default=None)
-        lines.append(f"- {contender.name}, {len(tried)} trials:")
+        lines.append(f"- {contender.name}, {_trial_count(len(tried))}:")
         for trial in tried:
             first, own = tried[0].job.settings, trial.job.settings
             changed = {key: value for key, value in own.items() if value != first[key]}
@@ -228,6 +228,10 @@ def _trials(outcome: Outcome) -> list[str]:
             what = _named(changed) if changed else "the start, " + _named({a.key: own[a.key] for a in contender.axes})
             lines.append(f"  - {what}: {end}{', chosen' if trial is best else ''}")
     return [*lines, "", "</details>"]
+
+
+def _trial_count(count: int) -> str:
+    return f"{count} trial{'' if count == 1 else 's'}"
 
 
 def _named(settings: Settings) -> str:

@@ -166,7 +166,7 @@ def test_a_report_says_what_was_run(tmp_path: Path) -> None:
     assert "at most 4 trials for every optimizer" in text
     assert "a sigma of 0.014 (3 degrees of freedom" in text
     assert "- Shampoo (`Shampoo`): `lr` 8; at an end of what it may be: `lr`." in text
-    assert "- Shampoo, 1 trials:\n  - the start, `lr` 2: 1.9000, chosen" in text
+    assert "- Shampoo, 1 trial:\n  - the start, `lr` 2: 1.9000, chosen" in text
     (row,) = cells(summary([outcome]), "", "", "Shampoo")
     assert row[3:] == [main[1], main[3], main[4], "1", "1.00", ""]
     (first,) = cells(summary([outcome]), "[A study made by hand](made.md)")
