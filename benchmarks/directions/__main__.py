@@ -56,14 +56,35 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    for row in sorted(rows, key=lambda row: row["loss"]):
-        print(line(row))
+    """As Markdown, alike but for the seed in one row, best mean first."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["settings"]["seed"]):
+        alike.setdefault(words(row, "seed"), []).append(row)
+    print("| loss | seeds: loss | optimizer s | commits | settings |\n|---|---|---|---|---|")
+    for settings, same in sorted(alike.items(), key=lambda item: mean(item[1])):
+        seeds = ", ".join(f"{row['settings']['seed']}: {row['loss']:.4f}" for row in same)
+        seconds = sum(row["optimizer_seconds"] for row in same) / len(same)
+        commits = ", ".join(sorted({row["commit"] for row in same}))
+        print(f"| {mean(same):.4f} | {seeds} | {seconds:.0f} | {commits} | {settings} |")
+
+
+def mean(rows: list[dict[str, Any]]) -> float:
+    return sum(row["loss"] for row in rows) / len(rows)
 
 
 def line(row: dict[str, Any]) -> str:
-    settings = " ".join(f"{key}={value}" for key, value in Trial(**row["settings"]).differs().items())
-    averaged = " ".join(f"{loss:.4f}" for loss in row.get("averaged", {}).values())
-    return f"{row['loss']:.4f} [{averaged}] {row['cpu_seconds']:6.0f} s ({row['optimizer_seconds']:.0f})  {settings}"
+    averaged = " ".join(f"{loss:.4f}" for loss in row["averaged"].values())
+    return f"{row['loss']:.4f} [{averaged}] {row['cpu_seconds']:.0f} s ({row['optimizer_seconds']:.0f})  {words(row)}"
+
+
+def words(row: dict[str, Any], *without: str) -> str:
+    """What is not as it is by default, as on a command line."""
+    changed = Trial(**row["settings"]).differs()
+    return " ".join(
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in changed.items()
+        if key not in without
+    )
 
 
 if __name__ == "__main__":

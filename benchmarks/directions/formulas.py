@@ -7,23 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# Jordan's quintic, five times (K. Jordan, "Muon", 2024).
-QUINTIC = (3.4445, -4.7750, 2.0315)
-
-
-def cubic_coefficients(floor: float, count: int) -> list[tuple[float, float]]:
-    """(a, c) of x <- a x - c x^3, `count` times: each the nearest to 1 on the interval that the one before left.
-
-    The minimax odd cubic on [l, u] takes equal values at l and u and as much more than 1 at its maximum as less there.
-    """
-    found, low, high = [], floor, 1.0
-    for _ in range(count):
-        s = low * low + low * high + high * high
-        c = 2 / (low * high * (low + high) + 2 * (s / 3) ** 1.5)
-        found.append((c * s, c))
-        error = 1 - c * low * high * (low + high)
-        low, high = 1 - error, 1 + error
-    return found
+from ds_shampoo.algorithm.orthogonal import QUINTIC, minimax_cubics
 
 
 def polar(x: Tensor, method: str, count: int, floor: float) -> Tensor:
@@ -40,7 +24,7 @@ def polar(x: Tensor, method: str, count: int, floor: float) -> Tensor:
         gram = x @ x.mT
         scale = gram.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1)
         x, gram = x / scale.sqrt(), gram / scale
-        for number, (a, c) in enumerate(cubic_coefficients(floor, count)):
+        for number, (a, c) in enumerate(minimax_cubics(floor, count)):
             gram = x @ x.mT if number else gram
             x = a * x - c * gram @ x
     return x.mT if tall else x
