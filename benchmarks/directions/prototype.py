@@ -126,7 +126,10 @@ class Adam:
         g, lr = self.p.grad, lr * self.scale
         self.m.lerp_(g, 1 - trial.beta1)
         self.v.mul_(trial.beta2).addcmul_(g, g, value=1 - trial.beta2)
-        m = self.m / (1 - trial.beta1 ** (step + 1))
+        if trial.nesterov_rest:
+            m = g.lerp(self.m, trial.beta1) / (1 - trial.beta1 ** (step + 2))
+        else:
+            m = self.m / (1 - trial.beta1 ** (step + 1))
         v = self.v / (1 - trial.beta2 ** (step + 1))
         self.p.mul_(1 - lr * self.decay).sub_(lr * m / (v.sqrt() + trial.eps))
 

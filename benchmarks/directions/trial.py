@@ -55,6 +55,7 @@ class Trial:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    nesterov_rest: bool = False
     # Of whitened directions.
     block: int = 256
     statistics: str = "mean"

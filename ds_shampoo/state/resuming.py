@@ -52,9 +52,11 @@ def with_present_settings(
 ) -> list[dict[str, Any]]:
     """A checkpoint's param groups with the settings that the job's were made with, but for what was changed since.
 
-    What a scheduler made of them after the save, in a job that rolls back, is gone.
+    What a scheduler made of them after the save, in a job that rolls back, is gone. Those that the checkpoint's job was
+    made with otherwise are logged: by its JSON, or by an earlier release's defaults.
     """
-    found = map(_of_today, state_dict["param_groups"])
+    found = list(map(_of_today, state_dict["param_groups"]))
+    _tell_differences(found, constructed)
     return [
         {
             **{key: value for key, value in present.items() if key != "params"},
@@ -63,6 +65,18 @@ def with_present_settings(
         }
         for saved, present, made in zip(found, groups, constructed, strict=True)
     ]
+
+
+def _tell_differences(found: Sequence[Mapping[str, Any]], constructed: Sequence[Mapping[str, Any]]) -> None:
+    messages = [
+        f"'{key}' is {made[key]!r} from this job's settings, not {saved[key]!r} as in the job that saved the checkpoint"
+        for saved, made in zip(found, constructed, strict=True)
+        for key in GroupSettings.model_fields
+        if key in saved and key in made and key not in (*_ALWAYS, *saved.get(CHANGED, ()))
+        if not same(saved[key], made[key])
+    ]
+    for message in dict.fromkeys(messages):
+        logger.warning(message)
 
 
 def adapted(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_shampoo import SettingsError, Shampoo
+from ds_shampoo.state import resuming
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "block_size": 4, "root_interval": 3}
 
@@ -102,3 +103,23 @@ def test_one_cycle(param: nn.Parameter, momentum: bool) -> None:
     a_step(param, optimizer, 5)
     a_step(copied, resumed, 5)
     assert torch.equal(param, copied)
+
+
+def test_a_job_whose_settings_hold_says_where_the_checkpoints_differ(caplog: pytest.LogCaptureFixture) -> None:
+    """As under DeepSpeed: a checkpoint of a release in which "spectral" had the grafting step's norm, say."""
+
+    def group(*changed: str, **settings: Any) -> dict[str, Any]:
+        optimizer = Shampoo([nn.Parameter(torch.zeros(6, 5))], **{**SETTINGS, "preconditioner": "spectral", **settings})
+        return {**optimizer.param_groups[0], "params": [0], resuming.CHANGED: list(changed)}
+
+    saved = {"param_groups": [group("betas", "lr", root_interval=7, betas=[0.8, 0.9], lr=0.3)]}
+    saved["param_groups"][0]["direction_rms"] = None
+    found = resuming.with_present_settings(saved, [group()], [group()])
+    assert [found[0][key] for key in ("direction_rms", "root_interval")] == [0.2, 3]
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"'{key}' is {now} from this job's settings, not {before} as in the job that saved the checkpoint"
+        for key, now, before in (("direction_rms", 0.2, "'grafting'"), ("root_interval", 3, 7))
+    ]
+    caplog.clear()
+    resuming.with_present_settings({"param_groups": [group()]}, [group()], [group()])
+    assert not caplog.records
