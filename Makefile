@@ -42,7 +42,7 @@ RANKS := tests/distributed tests/launch tests/megatron_models
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 	@echo
-	@echo "make pretrain takes OPTIMIZER=shampoo|spectral|adamw ARCHITECTURE=modern|gpt2 VOCABULARY=bytes|size GPUS=ranks"
+	@echo "make pretrain takes OPTIMIZER=shampoo|spectral|polar|adamw ARCHITECTURE=modern|gpt2 VOCABULARY=bytes|size GPUS=ranks"
 	@echo "              STEPS= SEED= NAME= DATA=file-or-folder CONFIG=json"
 	@echo "make evidence takes PROTOCOL=small|full STUDY=\"some of its names\""
 

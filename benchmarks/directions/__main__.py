@@ -60,7 +60,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     alike: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["settings"]["seed"]):
         alike.setdefault(words(row, "seed"), []).append(row)
-    print("| loss | seeds: loss | optimizer s | commits | settings |\n|---|---|---|---|---|")
+    print("| loss | seeds: loss | seconds of the optimizer | commits | settings |\n|---|---|---|---|---|")
     for settings, same in sorted(alike.items(), key=lambda item: mean(item[1])):
         seeds = ", ".join(f"{row['settings']['seed']}: {row['loss']:.4f}" for row in same)
         seconds = sum(row["optimizer_seconds"] for row in same) / len(same)
@@ -78,8 +78,9 @@ def line(row: dict[str, Any]) -> str:
 
 
 def words(row: dict[str, Any], *without: str) -> str:
-    """What is not as it is by default, as on a command line."""
-    changed = Trial(**row["settings"]).differs()
+    """The direction, and what is not as it is by default, as on a command line."""
+    settings = row["settings"]
+    changed = {"direction": settings["direction"], **Trial(**settings).differs()}
     return " ".join(
         f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in changed.items()

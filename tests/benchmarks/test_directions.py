@@ -80,13 +80,18 @@ def test_the_command_line_makes_all_combinations_and_refuses_what_is_no_setting(
 
 def test_the_table_has_a_row_for_all_seeds_of_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        {"settings": {"seed": seed, "lr": lr}, "loss": loss, "optimizer_seconds": 2.0, "commit": "abc"}
+        {
+            "settings": {"seed": seed, "lr": lr, "direction": "muon"},
+            "loss": loss,
+            "optimizer_seconds": 2.0,
+            "commit": "abc",
+        }
         for seed, lr, loss in ((1, 0.02, 1.5), (0, 0.02, 1.7), (0, 0.01, 1.9))
     ]
     results = tmp_path / "directions.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     program.print_table(program.read(results))
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| 1.6000 | 0: 1.7000, 1: 1.5000 | 2 | abc | lr=0.02 |",
-        "| 1.9000 | 0: 1.9000 | 2 | abc |  |",
+        "| 1.6000 | 0: 1.7000, 1: 1.5000 | 2 | abc | direction=muon lr=0.02 |",
+        "| 1.9000 | 0: 1.9000 | 2 | abc | direction=muon |",
     ]
