@@ -168,11 +168,14 @@ def error(make: Callable[[list[nn.Parameter], nn.Module], torch.optim.Optimizer]
         return float(((model(x) - y) ** 2).mean() / (y**2).mean())
 
 
-def test_it_costs_no_quality_against_both_sides() -> None:
-    """Best of three learning rates for each; AdamW, whose step lengths both take, stands beside."""
+def test_it_costs_under_a_tenth_against_both_sides() -> None:
+    """Best of three learning rates for each; AdamW, whose step lengths both take, stands beside.
+
+    Two seeds' ratios differ by up to a fifth, hence six of them.
+    """
     rates = (0.02, 0.06, 0.2)
     best: dict[str, list[float]] = {"rank": [], "both": [], "adamw": []}
-    for seed in range(2):
+    for seed in range(6):
         for name in best:
 
             def make(
