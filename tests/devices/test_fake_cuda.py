@@ -38,6 +38,9 @@ def rest(number: int) -> dict[str, Any]:
         "direction_rms": 0.2 if number % 5 == 0 else None,
         "start_preconditioning_step": 1 + 2 * (number % 3 == 0),
         "nesterov": number % 3 > 0,
+        **(
+            {"vector_lr_scale": 0.5, "vector_betas": (0.9, 0.99), "vector_weight_decay": 0.2} if number % 3 == 1 else {}
+        ),
     }
 
 
@@ -114,6 +117,20 @@ def test_a_step_like_another_launches_the_same(watch: Watch, ranks: Any, layout:
         counts.append(watch.launches)
     assert counts[0] == counts[1] == counts[2]
     assert counts[0]["bmm"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rate_of_a_role_costs_a_launch_each_for_decay_and_step(watch: Watch, ranks: Any, layout: str) -> None:
+    """Where shards lie on the device; the moments are worked on whole, and everything else is as it was."""
+    counts = []
+    for own in ({}, {"vector_lr_scale": 0.5}):
+        optimizer, held = job(layout, ranks, root_interval=100, weight_decay=0.1, root_overlap=False, **own)
+        step(optimizer, held)
+        watch.restart()
+        step(optimizer, held)
+        counts.append(watch.launches.copy())
+    assert counts[1] - counts[0] == ({} if layout == "offload" else {"_foreach_add_": 2})
+    assert not counts[0] - counts[1]
 
 
 @pytest.mark.parametrize(
