@@ -102,7 +102,8 @@ def test_a_parameter_without_gradient_for_100_steps(pools: Pools, stage: int, un
         assert trace.losses == pytest.approx(expected.losses, rel=FP32)
         assert trace.metrics["roots_rejected"] == 0
     assert expected.metrics["preconditioned_blocks"] == 2
-    assert expected.losses[-1] < expected.losses[99]
+    # Each step has a small batch of its own, whose losses differ by a factor of three.
+    assert np.mean(expected.losses[-5:]) < np.mean(expected.losses[95:100])
 
 
 @pytest.mark.parametrize(
