@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
 from ds_shampoo.algorithm.preconditioners.defaults import LEFT_OPEN
+from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.config import (
     Dtype,
     Grafting,
@@ -336,6 +337,10 @@ class Shampoo(StatefulOptimizer):
     def take_turns(self, turns: Mapping[Block, int]) -> None:
         """Gives the blocks other turns, before they step: those that several optimizers of one job share."""
         self._subgroups.turns = dict(turns)
+
+    def roles(self) -> dict[int, Role]:
+        """What every parameter is taken for, by its id."""
+        return {id(parameter.tensor): parameter.role for group in self._subgroups.logical for parameter in group}
 
     def sliced_parameters(self) -> set[str]:
         """The names of those of which tensor-parallel ranks hold a slice each."""

@@ -84,6 +84,14 @@ class SharedEmbedding(nn.Embedding):
         super().__init__(VOCABULARY, WIDTH)
 
 
+class SharedHead(nn.Linear):
+    """The same weight in a layer that does not say that it is an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, VOCABULARY, bias=False)
+        self.weight.data = SharedEmbedding().weight.data
+
+
 def tied_head(module: nn.Module, hidden: Tensor) -> Tensor:
     return F.linear(hidden, module.weight)
 
@@ -108,8 +116,11 @@ def pipeline(
     save_at: int = 0,
     resume: bool = False,
     way: str = "config",
+    head: type[nn.Module] = SharedEmbedding,
 ) -> Trace:
     """Two stages on every second rank; `extra` holds this stage's parameters by name. `way` as `started` takes it.
+
+    A tied model's last stage makes its copy of the embedding by `head`.
 
     With a folder the run saves there at `save_at`, or resumes from there and trains on from that step.
     """
@@ -121,7 +132,7 @@ def pipeline(
         stack = [
             TiedLayerSpec("embedding", SharedEmbedding),
             *stack[1:5],
-            TiedLayerSpec("embedding", SharedEmbedding, forward_fn=tied_head),
+            TiedLayerSpec("embedding", head, forward_fn=tied_head),
         ]
     module = PipelineModule(layers=stack, num_stages=2, loss_fn=loss_of, partition_method="uniform")
     try:

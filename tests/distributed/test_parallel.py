@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from ds_shampoo.frameworks.deepspeed.universal import to_universal
 from ds_shampoo.state.files import CheckpointError
@@ -88,9 +89,21 @@ def test_a_tied_embedding_with_factors_of_its_own_on_each_stage_is_refused(pools
         assert f"'embedding' = '{embedding}'" in message
 
 
-def refused_pipeline(config: dict[str, Any]) -> str:
+def test_a_tied_layer_of_two_classes_has_one_role_or_is_refused(pools: Pools) -> None:
+    """A linear layer is a matrix, which its twin, an embedding, is not; the setting that the message has mends it."""
+    config = engine_config({**SHAMPOO, **BY_ROLE}, 1, 2, parallel_jobs.MICRO_BATCHES)
+    named = '"tied_modules.embedding.weight": "embedding"'
+    for message in pools(4).run(refused_pipeline, config, parallel_jobs.SharedHead):
+        assert "embedding.weight is taken for one thing on one stage" in message
+        assert f"'roles' to {{{named}}}" in message
+    roles = {"roles": {"tied_modules.embedding.weight": "embedding"}}
+    config = engine_config({**SHAMPOO, **BY_ROLE, **roles}, 1, 2, parallel_jobs.MICRO_BATCHES)
+    assert set(pools(4).run(refused_pipeline, config, parallel_jobs.SharedHead)) == {""}
+
+
+def refused_pipeline(config: dict[str, Any], head: type[nn.Module] = parallel_jobs.SharedEmbedding) -> str:
     try:
-        parallel_jobs.pipeline(config, 1, True)
+        parallel_jobs.pipeline(config, 1, True, head=head)
     except ValueError as error:
         return str(error)
     return ""

@@ -19,6 +19,7 @@ from ds_shampoo.frameworks.deepspeed.section import TYPE, config_of
 from ds_shampoo.frameworks.deepspeed.support import (
     refuse_factors_of_tied_layers,
     refuse_norms_of_slices,
+    refuse_tied_layers_of_several_roles,
     refuse_unsupported,
 )
 from ds_shampoo.optimizer import Shampoo, unbound
@@ -70,6 +71,7 @@ def take_on(engine: Any, optimizer: Shampoo) -> None:
         for group in optimizer.param_groups:
             _put_floats_first(group["params"])
     optimizer.bind(engine.module, layout_for(engine))
+    refuse_tied_layers_of_several_roles(engine, optimizer.roles())
     optimizer.register_step_post_hook(MonitorFeed(engine))
     attach(engine, optimizer)
 

@@ -155,6 +155,12 @@ def tied_layers(engine: Any) -> Sequence[str]:
     return list(getattr(engine.module, "tied_modules", None) or ())
 
 
+def tied_parameters(engine: Any) -> dict[int, str]:
+    """The names of those layers' parameters in `tied_modules`, by the parameters' ids."""
+    layers = [(name, engine.module.tied_modules[name]) for name in tied_layers(engine)]
+    return {id(p): f"{layer}.{name}" for layer, module in layers for name, p in module.named_parameters()}
+
+
 def sequence_parallel_size(engine: Any) -> int:
     """Over how many ranks DeepSpeed divides a sequence."""
     return int(getattr(engine, "sequence_parallel_size", 1))

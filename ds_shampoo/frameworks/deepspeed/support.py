@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from ds_shampoo.algorithm import grafting
+from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.config import SettingsError
 from ds_shampoo.frameworks import protocols
 from ds_shampoo.frameworks.deepspeed import internals
 from ds_shampoo.frameworks.deepspeed.experts import foreign_experts
 from ds_shampoo.frameworks.deepspeed.internals import DEEPSPEED
+from ds_shampoo.sharding.gathering import gathered
 
 _UNKNOWN_EXPERTS = (
     "expert model parallelism of Megatron: DeepSpeed does not know which ranks share an expert; call "
@@ -52,6 +54,31 @@ def refuse_factors_of_tied_layers(engine: Any, groups: Iterable[Mapping[str, Any
                 f"Shampoo setting 'embedding' = '{group['embedding']}': a pipeline with tied layers keeps a copy of "
                 'them on several stages, which would drift apart; use "diagonal"'
             )
+
+
+def refuse_tied_layers_of_several_roles(engine: Any, roles: Mapping[int, Role]) -> None:
+    """Refuses copies of a layer that their pipeline stages take for different things, and would step differently.
+
+    So they are where the stages build a layer by different classes. All ranks of a job call this at once.
+
+    Args:
+        roles: of this rank's parameters, by their ids.
+
+    Raises:
+        SettingsError: naming the parameter, what it is taken for, and the setting that decides it.
+    """
+    if not internals.has_pipeline(engine):
+        return
+    own = {name: roles[number].value for number, name in internals.tied_parameters(engine).items() if number in roles}
+    found: dict[str, str] = {}
+    for said in gathered(own):
+        for name, role in said.items():
+            if found.setdefault(name, role) != role:
+                raise SettingsError(
+                    f"the pipeline's tied parameter {name} is taken for one thing on one stage ({found[name]}) and for "
+                    f"another on another ({role}): its copies would drift apart; set Shampoo's 'roles' to "
+                    f'{{"tied_modules.{name}": "embedding"}}'
+                )
 
 
 def refuse_norms_of_slices(engine: Any, groups: Iterable[Mapping[str, Any]]) -> None:
