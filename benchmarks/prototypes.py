@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optimizers import ByRole, Momentum
+from ds_shampoo.algorithm.momentum import MomentumSchedule
+from optimizers import ByRole
 
 # What an eigenvalue has to exceed, in parts of the largest: fp32's resolution times the factor's order.
 _RESOLUTION = torch.finfo(torch.float32).eps
@@ -151,7 +152,7 @@ class Soap(ByRole):
         """
         settings = {"momentum": momentum, "second_beta": second_beta, "statistics_beta": statistics_beta}
         hidden = _maker(_SoapMatrices, soap_eps=soap_eps, basis_interval=basis_interval, **settings)
-        super().__init__(model, hidden, Momentum(momentum, momentum_start, momentum_warmup), **by_role)
+        super().__init__(model, hidden, MomentumSchedule(momentum, momentum_warmup, momentum_start), **by_role)
 
 
 class FacebookShampoo(ByRole):
@@ -192,7 +193,7 @@ class FacebookShampoo(ByRole):
         settings = {"momentum": momentum, "statistics_beta": statistics_beta, "exponent": exponent}
         settings |= {"root_interval": root_interval, "grafting": grafting}
         hidden = _maker(_ShampooMatrices, grafting_beta=grafting_beta, grafting_eps=grafting_eps, **settings)
-        super().__init__(model, hidden, Momentum(momentum, momentum_start, momentum_warmup), **by_role)
+        super().__init__(model, hidden, MomentumSchedule(momentum, momentum_warmup, momentum_start), **by_role)
 
 
 def _maker(kind: type[_Matrices], **settings: Any) -> Callable[[Sequence[nn.Parameter]], Optimizer]:

@@ -251,8 +251,9 @@ def parse(settings: Mapping[str, Any]) -> ShampooConfig:
             "Shampoo setting 'root_delay' = 0: with root_overlap a root is put in force 1 to root_interval steps "
             "after its statistics; for roots computed within the step set root_overlap to false"
         )
-    check_delay(config.of_group(), config.root_delay)
-    _check_combinations(config.of_group())
+    settings_of_groups = config.of_group()
+    check_delay(settings_of_groups, config.root_delay)
+    _check_combinations(settings_of_groups)
     return config
 
 

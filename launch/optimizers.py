@@ -5,35 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ds_shampoo.algorithm.momentum import MomentumSchedule
 from ds_shampoo.algorithm.selection import Role, roles
 
 
 class OptimizerError(ValueError):
     """An optimizer section that can't be used; the message names the key."""
-
-
-@dataclass(frozen=True, slots=True)
-class Momentum:
-    """A momentum that rises in equal steps from `start` to `end` within the first `warmup` steps.
-
-    One that ends below `start` is `end` all the time.
-    """
-
-    end: float
-    start: float
-    warmup: int
-
-    def at(self, step: int) -> float:
-        """The momentum of a step, counted from 1."""
-        part = min(1.0, step / self.warmup) if self.warmup else 1.0
-        return self.end - (1 - part) * max(0.0, self.end - self.start)
 
 
 class ByRole(Optimizer):
@@ -52,7 +35,7 @@ class ByRole(Optimizer):
         self,
         model: nn.Module,
         hidden: Callable[[Sequence[nn.Parameter]], Optimizer],
-        momentum: Momentum | None = None,
+        momentum: MomentumSchedule | None = None,
         /,
         *,
         lr: float = 1e-3,
@@ -67,7 +50,7 @@ class ByRole(Optimizer):
         """
         Args:
             hidden: makes the optimizer of the hidden matrices; their rate and decay are set here.
-            momentum: of the groups of `hidden` that have such a key; None leaves it alone.
+            momentum: of the groups of `hidden` that have such a key, from its second value on; None leaves it alone.
             lr: the rate that a schedule sets; its decay is decoupled, in parts of each parameter's own rate.
             betas, eps: AdamW's for everything but the hidden matrices.
             embedding_lr_scale, head_lr_scale, vector_lr_scale: rates as multiples of `lr`.
@@ -118,7 +101,7 @@ class ByRole(Optimizer):
             for group in part.param_groups:
                 group["lr"] *= group["lr_scale"]
                 if self._momentum and "momentum" in group:
-                    group["momentum"] = self._momentum.at(self._steps)
+                    group["momentum"] = self._momentum.at(self._steps + 1)
             part.step()
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -163,7 +146,7 @@ class TorchMuon(ByRole):
             settings = {"nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": "match_rms_adamw"}
             return torch.optim.Muon(matrices, momentum=momentum, **settings)
 
-        super().__init__(model, muon, Momentum(momentum, momentum_start, momentum_warmup), **by_role)
+        super().__init__(model, muon, MomentumSchedule(momentum, momentum_warmup, momentum_start), **by_role)
 
 
 class AdamWByRole(ByRole):

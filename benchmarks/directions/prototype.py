@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from benchmarks.directions.formulas import inverse_root, polar
 from benchmarks.workload import hidden_matrices
 from ds_shampoo import Shampoo
+from ds_shampoo.algorithm.momentum import MomentumSchedule
 
 if TYPE_CHECKING:
     from benchmarks.directions.trial import Trial
 
 # The norm that gradients are clipped to.
 CLIP = 1.0
+# Where a momentum begins that warms up.
+MOMENTUM_START = 0.85
+# Steps with roots besides those of the interval.
 EARLY = (2, 3, 5, 8, 12, 16, 22, 32, 45)
 
 
@@ -88,6 +92,8 @@ class Packaged:
             self.parameters,
             model=model,
             preconditioner=trial.direction.partition(":")[2],
+            momentum_warmup_steps=trial.momentum_warmup,
+            momentum_warmup_start=MOMENTUM_START,
             direction_rms=trial.rms,
             weight_decay=trial.weight_decay,
             betas=(trial.momentum, trial.beta2),
@@ -220,7 +226,7 @@ class Stack:
     def step(self, step: int, lr: float, clip: float) -> None:
         t = self.trial
         g = torch.stack([p.grad for p in self.matrices])
-        mu = t.momentum if step >= t.momentum_warmup else 0.85 + (t.momentum - 0.85) * step / t.momentum_warmup
+        mu = MomentumSchedule(t.momentum, t.momentum_warmup, MOMENTUM_START).at(step + 1)
         if t.direction != "muon":
             self.gather_statistics(g, step, clip)
         self.m.lerp_(g, 1 - mu)

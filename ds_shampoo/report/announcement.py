@@ -35,15 +35,15 @@ class Announcement:
         """The table of all subgroups, and who does the work; `groups` are all param groups."""
         devices = {sharded.device for sharded in self._subgroups.groups}
         devices |= {param.device for _, params in self._subgroups.stand_ins(groups) for param in params}
-        present = {group["group_index"]: present_settings(group) for group in groups}
-        tables = render(
-            self._tables, [GroupSettings.model_construct(**present[each.index]) for each in self._subgroups.all]
-        )
+        present = {group["group_index"]: GroupSettings.model_construct(**present_settings(group)) for group in groups}
+        tables = render(self._tables, [present[each.index] for each in self._subgroups.all])
         services = "\n".join(workplace.service.describe() for workplace in self._subgroups.workplaces)
         service = next(iter(self._subgroups.workplaces)).service
-        first = service.device
-        settings = describe_settings(groups, self._origins, service.delay)
-        return "\n".join([f"{tables}{settings}", services, products.describe(first), multi_tensor.describe(devices)])
+        settings = describe_settings(
+            groups, self._origins, {index: service.delay(own) for index, own in present.items()}
+        )
+        parts = [f"{tables}{settings}", services, products.describe(service.device), multi_tensor.describe(devices)]
+        return "\n".join(parts)
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Logs it if it is whole and not logged yet, on the first rank of those that share it."""

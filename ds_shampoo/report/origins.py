@@ -6,20 +6,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from ds_shampoo.config import GroupSettings, present_settings
-
 # From a param group, by setting.
 Origins: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, str]]
 
 
-def describe_settings(
-    groups: Sequence[Mapping[str, Any]], origins: Origins, delay: Callable[[GroupSettings], int]
-) -> str:
-    """A line for all param groups that are alike in these settings, with the steps from statistics to their roots."""
+def describe_settings(groups: Sequence[Mapping[str, Any]], origins: Origins, delays: Mapping[int, int]) -> str:
+    """A line for all param groups that are alike in these settings; `delays` are of their roots, by group_index."""
     alike: dict[str, list[int]] = defaultdict(list)
     for group in groups:
-        late = delay(GroupSettings.model_construct(**present_settings(group)))
-        alike[f"{_described(group, origins(group))}; root_delay {late}"].append(group["group_index"])
+        index = group["group_index"]
+        alike[f"{_described(group, origins(group))}; root_delay {delays[index]}"].append(index)
     several = len(alike) > 1
     return "\n".join(f"{text}{_of(indices) if several else ''}" for text, indices in alike.items())
 

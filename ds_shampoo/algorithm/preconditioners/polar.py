@@ -26,8 +26,5 @@ class PolarPreconditioner(ShampooPreconditioner):
 
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """The directions; a block of more than two dimensions is flattened as its first against the others."""
-        whitened = super().apply(vectors, scratch)
-        other = scratch if whitened is vectors else vectors
-        count, rows = len(whitened), self.blocks[0].matrix_shape[0]
-        flatten_spectrum(whitened.view(count, rows, -1), other.view(count, rows, -1))
-        return other
+        flat, _ = self.apply_reshaped(vectors, scratch, flatten_spectrum)
+        return flat

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,22 @@ class ShampooPreconditioner:
                 mode_product(root[slots].float(), vectors[slots], dim, scratch[slots])
             vectors, scratch = scratch, vectors
         return vectors
+
+    def apply_reshaped(
+        self, vectors: Tensor, scratch: Tensor, reshape: Callable[[Tensor, Tensor], None]
+    ) -> tuple[Tensor, Tensor]:
+        """What becomes of the directions' spectra, and a tensor to spare: the two given ones, in either order.
+
+        Args:
+            vectors, scratch: as for `apply`.
+            reshape: from and to matrices [n, rows, columns]; those of blocks of more than two dimensions are their
+                first against the others.
+        """
+        directions = ShampooPreconditioner.apply(self, vectors, scratch)
+        other = scratch if directions is vectors else vectors
+        count, rows = len(directions), self.blocks[0].matrix_shape[0]
+        reshape(directions.view(count, rows, -1), other.view(count, rows, -1))
+        return other, directions
 
     def block_state(self, slot: int) -> dict[str, Any]:
         return {

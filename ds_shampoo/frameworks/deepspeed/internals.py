@@ -150,15 +150,9 @@ def has_pipeline(engine: Any) -> bool:
     return bool(getattr(engine, "pipeline_parallelism", False))
 
 
-def tied_layers(engine: Any) -> Sequence[str]:
+def tied_layers(engine: Any) -> Mapping[str, nn.Module]:
     """The layers of this stage of a pipeline that another one has too, by their names in `tied_modules`."""
-    return list(getattr(engine.module, "tied_modules", None) or ())
-
-
-def tied_parameters(engine: Any) -> dict[int, str]:
-    """The names of those layers' parameters in `tied_modules`, by the parameters' ids."""
-    layers = [(name, engine.module.tied_modules[name]) for name in tied_layers(engine)]
-    return {id(p): f"{layer}.{name}" for layer, module in layers for name, p in module.named_parameters()}
+    return dict(getattr(engine.module, "tied_modules", None) or {})
 
 
 def sequence_parallel_size(engine: Any) -> int:

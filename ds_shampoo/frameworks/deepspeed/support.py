@@ -69,7 +69,12 @@ def refuse_tied_layers_of_several_roles(engine: Any, roles: Mapping[int, Role]) 
     """
     if not internals.has_pipeline(engine):
         return
-    own = {name: roles[number].value for number, name in internals.tied_parameters(engine).items() if number in roles}
+    own = {
+        f"{layer}.{name}": roles[id(parameter)].value
+        for layer, module in internals.tied_layers(engine).items()
+        for name, parameter in module.named_parameters()
+        if id(parameter) in roles
+    }
     found: dict[str, str] = {}
     for said in gathered(own):
         for name, role in said.items():
