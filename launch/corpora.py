@@ -56,7 +56,9 @@ def unpack_archive(archive: Path, folder: Path) -> None:
             wheel.extractall(folder)
     else:
         with tarfile.open(archive) as source:
-            source.extractall(folder, filter="data")
+            # Of no use before Python 3.11.4 and 3.10.12, which have no filters: Debian 12's Python is older.
+            source.extraction_filter = getattr(tarfile, "data_filter", None)
+            source.extractall(folder)
 
 
 def extract_gutenberg(package: Path, target: Path) -> None:

@@ -158,9 +158,10 @@ def test_a_dead_worker_is_replaced_and_its_task_solved_in_the_step(pool: ThreadP
 
 
 def test_a_hung_worker_is_replaced_and_what_it_says_later_is_ignored(root_threads: Callable[[], int]) -> None:
-    pool, gate = ThreadPool(1, (), 0.2), threading.Event()
+    pool, gate, hung = ThreadPool(1, (), 0.2), threading.Event(), []
 
     def hangs() -> str:
+        hung.append(threading.current_thread())
         gate.wait()
         return "late"
 
@@ -171,7 +172,7 @@ def test_a_hung_worker_is_replaced_and_what_it_says_later_is_ignored(root_thread
     assert solved(pool, lost) == "again"
     assert pool.failed == 1
     gate.set()
-    time.sleep(0.05)
+    hung[0].join(LONG)
     assert lost.answer() == "again"
     pool.close()
     assert root_threads() == 0
