@@ -32,8 +32,8 @@ endif
 
 FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
-# Folders whose tests start several ranks.
-RANKS := tests/distributed tests/launch tests/megatron_models
+# Folders whose tests start several ranks, but for launch, which keeps the other lane as long as this one.
+RANKS := tests/distributed tests/megatron_models
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
