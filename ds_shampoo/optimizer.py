@@ -84,7 +84,8 @@ class Shampoo(StatefulOptimizer):
         root_method: "eigh" or "newton" (coupled, fp64).
         root_dtype: "float32" or "bfloat16", in which roots are kept between steps.
         root_refresh_threshold: skip a root whose statistic moved less than this; 0 never skips.
-        max_root_failures: boundaries without a new root after which a block takes its grafting step.
+        max_root_failures: boundaries without a new root after which a block goes on without roots (docs/algorithm.md,
+            section 6).
         roles: by pattern of parameters' names, as `fnmatch` takes it: "weight", "embedding", "head", "lora" (its rank's
             side only) or "none" (grafting only), where names and modules tell it wrongly. The first pattern that
             matches holds; None for no pattern.

@@ -221,7 +221,7 @@ class Oracle:
                 delay = min(self.delay(), max(1, (t - start + 1) // 4))
                 block["coming"] = (t + delay, roots)
                 self.install(block, t)
-            if any(root is None for root in block["X"]):
+            if s["preconditioner"] == "shampoo" and any(root is None for root in block["X"]):
                 continue
             d = self.rooted(block, blocks["on"], x[place])
             if s["preconditioner"] == "spectral":
@@ -237,7 +237,8 @@ class Oracle:
 
     def rooted(self, block: dict[str, Any], on: list[int], d: Tensor) -> Tensor:
         for root, i in zip(block["X"], on, strict=True):
-            d = torch.tensordot(root, d, dims=([1], [i])).movedim(0, i)
+            if root is not None:
+                d = torch.tensordot(root, d, dims=([1], [i])).movedim(0, i)
         return d
 
     def delay(self) -> int:

@@ -67,7 +67,7 @@ class BlockRoots:
 
     Attributes:
         bases: per factor, what the root in force was computed from; None where there is none.
-        solved: per factor, whether a root was ever accepted.
+        solved: per factor, whether it has a root that was accepted.
         failures: consecutive boundaries at which a factor was rejected.
         setbacks: all of them.
         rooted_at: the step whose statistics the roots in force belong to; 0 for none.
@@ -92,6 +92,10 @@ class BlockRoots:
     def forget_statistics(self) -> None:
         """The statistics begin afresh: no later one is to be compared with those of the roots in force."""
         self.bases = [None if basis is None else Basis(statistic=basis.statistic) for basis in self.bases]
+
+    def forget_roots(self) -> None:
+        """No root is in force any more."""
+        self.bases, self.solved = [None] * len(self.bases), [False] * len(self.solved)
 
     def state(self) -> dict[str, Any]:
         """Plain tensors and numbers, from which `restored` makes the history again."""

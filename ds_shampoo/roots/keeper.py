@@ -124,8 +124,8 @@ class RootKeeper:
     def load_block_state(self, slot: int, state: Mapping[str, Any], settings: GroupSettings) -> None:
         """Takes back what `block_state` gave; jobs that were under way begin again, and are due when they were.
 
-        Roots of another order, of a job with other settings, are dropped: the block takes its grafting step until
-        its next ones are due.
+        Roots of another order, of a job with other settings, are dropped: the block goes on without roots until its
+        next ones are due.
 
         Raises:
             ValueError: as `check_block_state` does; nothing is changed then.
@@ -135,7 +135,9 @@ class RootKeeper:
         saved = state.get("pending")
         snapshots = [self._service.transfers.from_saved(values) for values in saved["snapshots"]] if saved else []
         self._replace(slot, block)
-        self._stack.ready[slot] &= int(state.get("order", 0)) in (0, self._root_order(settings))
+        for factor, solved in enumerate(block.solved):
+            if not solved:
+                self._stack.drop_root(slot, factor)
         if saved:
             corrections, updates = [float(c) for c in saved["corrections"]], int(saved.get("updates", 0))
             jobs = self._jobs(block, snapshots, corrections, updates=updates, settings=settings)
@@ -293,10 +295,13 @@ class RootKeeper:
                     name, reasons[0], block.setbacks, self._counts.setbacks,
                 )  # fmt: skip
             if block.failures == settings.max_root_failures:
-                stack.ready[slot] = False
+                block.forget_roots()
+                for factor in range(len(stack.roots)):
+                    stack.drop_root(slot, factor)
+                instead = "its momentum's own direction" if stack.directed[slot] else "its grafting step"
                 logger.warning(
-                    "block %s got no root at %d boundaries in a row and takes its grafting step from now on",
-                    name, block.failures,
+                    "block %s got no root at %d boundaries in a row and goes on without roots: by %s from now on",
+                    name, block.failures, instead,
                 )  # fmt: skip
             return
         if block.failures >= settings.max_root_failures:

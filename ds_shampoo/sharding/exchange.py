@@ -150,21 +150,21 @@ class ExchangePlan:
         self,
         stacks: Sequence[Tensor],
         buffers: Sequence[Tensor | None],
-        ready: Mapping[int, bool],
+        directed: Mapping[int, bool],
         flags: Tensor | None = None,
     ) -> None:
         """Writes the owners' directions over everyone's flat buffers, for the blocks that have one.
 
         Args:
             stacks: this rank's directions, [n, *shape] fp32.
-            buffers: this rank's flat fp32 buffers, changed where a ready block's pieces lie.
-            ready: by block ordinal, whether an owned block has its roots in force.
-            flags: [blocks] on the device, above 0 for every block that is ready at its owner; needed where
+            buffers: this rank's flat fp32 buffers, changed where pieces lie of a block that has a direction.
+            directed: by block ordinal, whether an owned block has one.
+            flags: [blocks] on the device, above 0 for every block whose owner has one; needed where
                 anything moves, so that no rank has to ask another one's host.
         """
         self._round(stacks)
         for transfer in self._scatter.local:
-            if ready[transfer.block] and buffers[_end(transfer.in_buffer).tensor] is not None:
+            if directed[transfer.block] and buffers[_end(transfer.in_buffer).tensor] is not None:
                 _end(transfer.in_buffer).of(buffers).copy_(_end(transfer.in_stack).of(stacks))
         if self.moves:
             assert flags is not None

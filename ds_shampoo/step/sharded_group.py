@@ -283,7 +283,7 @@ class ShardedGroup:
                 keeper.advance(step_counts, work.settings)
 
     def _write_directions(self, work: StepWork, vectors: Gathering) -> None:
-        """Overwrites the grafting steps of ready blocks by their directions, of the same norm or the one asked for."""
+        """Overwrites grafting steps by directions where blocks have one, of the same norm or the one asked for."""
         settings = work.settings
         self._arrive(vectors, work.gathered)
         updates = work.staged("update")
@@ -292,18 +292,18 @@ class ShardedGroup:
         with self._stopwatch.phase("precondition"), matmul_precision(settings.matmul_precision):
             directions = [
                 rescaled(
-                    stack.apply(vector, spare) if any(stack.ready) else vector.zero_(),
+                    stack.apply(vector, spare) if any(stack.directed) else vector.zero_(),
                     target_squares(squares[rows], stack.blocks[0].numel, settings.direction_rms, settings.grafting),
                 )
                 for stack, rows, vector, spare in zip(self.stacks, self._rows, work.gathered, work.scratch, strict=True)
             ]
-        ready = {
-            ordinal: stack.ready[slot]
+        directed = {
+            ordinal: has_one
             for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
-            for slot, ordinal in enumerate(ordinals)
+            for ordinal, has_one in zip(ordinals, stack.directed, strict=True)
         }
         with self._stopwatch.phase("exchange"):
-            self.plan.scatter(directions, updates, ready, flags)
+            self.plan.scatter(directions, updates, directed, flags)
             work.unstage(updates)
         self.exchange_bytes += self.plan.scatter_bytes
 
@@ -318,14 +318,14 @@ class ShardedGroup:
                 self.plan.finish(gathering, stacks)
 
     def _shared_norms(self, updates: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        """By ordinal: the squared norm of each block's grafting step, and above 0 where its owner is ready."""
+        """By ordinal: the squared norm of each block's grafting step, and above 0 where it has a direction."""
         squares = self._norms.squares(updates)
         if not self.plan.moves:
             return squares, None
         flags = torch.zeros_like(squares)
         for stack, rows in zip(self.stacks, self._rows, strict=True):
-            ready = torch.tensor(stack.ready, dtype=flags.dtype, device="cpu")
-            flags[rows] = ready.to(self.device, non_blocking=True)
+            directed = torch.tensor(stack.directed, dtype=flags.dtype, device="cpu")
+            flags[rows] = directed.to(self.device, non_blocking=True)
         shared = torch.stack([squares, flags])
         dist.all_reduce(shared, group=self.table.partition.process_group)
         return shared[0], shared[1]

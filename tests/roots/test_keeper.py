@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from ds_shampoo.algorithm.blocks import cut
-from ds_shampoo.algorithm.preconditioners import ShampooPreconditioner
+from ds_shampoo.algorithm.preconditioners import PRECONDITIONERS, Preconditioner, ShampooPreconditioner
 from ds_shampoo.config import GroupSettings, parse
 from ds_shampoo.roots.jobs import relative_move
 from ds_shampoo.roots.keeper import RootCounts, RootKeeper
@@ -24,12 +24,13 @@ BETA = 0.5
 
 
 def make(
-    blocks: int = 1, delay: int = 0, overlap: bool = False
-) -> tuple[ShampooPreconditioner, RootKeeper, RootCounts]:
+    blocks: int = 1, delay: int = 0, overlap: bool = False, preconditioner: str = "shampoo"
+) -> tuple[Preconditioner, RootKeeper, RootCounts]:
     """A stack of blocks whose roots are due `delay` steps after their boundary; all of them at step 1, 2, ..."""
     blocked = cut("w", (4 * blocks, 3), block_size=4)
     assert blocked is not None
-    stack, counts = ShampooPreconditioner(blocked.blocks, torch.device("cpu")), RootCounts()
+    stack = PRECONDITIONERS[preconditioner](blocked.blocks, torch.device("cpu"), torch.float32)
+    counts = RootCounts()
     service = RootService(
         parse({"root_overlap": overlap, "root_delay": delay, "root_interval": max(delay, 1)}), torch.device("cpu")
     )
@@ -106,8 +107,40 @@ def test_rejected_roots_stay_then_give_way_and_come_back(caplog: pytest.LogCaptu
     assert "w[0]" in messages
     assert "number 1 of this block, 1 of this rank's blocks in all" in messages
     assert keeper.block_state(0)["setbacks"] == 2
-    assert "takes its grafting step from now on" in messages
+    assert "goes on without roots: by its grafting step from now on" in messages
     assert "is preconditioned again" in messages
+
+
+@pytest.mark.parametrize("preconditioner", sorted(PRECONDITIONERS))
+def test_without_roots_the_identity_stands_for_them(caplog: pytest.LogCaptureFixture, preconditioner: str) -> None:
+    stack, keeper, _ = make(blocks=2, preconditioner=preconditioner)
+    chosen, moves = settings(max_root_failures=1), preconditioner != "shampoo"
+    fresh = stack.apply(grads(7, 2), torch.empty(2, 4, 3)).clone()
+    assert stack.directed == [moves, moves]
+    stack.update(grads(0, 2), [0, 1], BETA)
+    keeper.advance([1, 1], chosen)
+    before = keeper.block_state(0), stack.block_state(0)
+    rooted = stack.apply(grads(7, 2), torch.empty(2, 4, 3)).clone()
+    assert not torch.allclose(rooted, fresh, rtol=0.1)
+    with caplog.at_level(logging.WARNING, "ds_shampoo"):
+        stack.update(spoiled(1, 2), [0, 1], BETA)
+        keeper.advance([2, 2], chosen)
+    after = stack.apply(grads(7, 2), torch.empty(2, 4, 3))
+    assert stack.directed == [moves, True]
+    assert torch.equal(after[0], fresh[0])
+    assert not torch.allclose(after[1], fresh[1], rtol=0.1)
+    assert ("by its momentum's own direction" in caplog.text) == moves
+
+    # So it is in a job that takes up the checkpoint of such a block, or of one with roots of another order.
+    for state, settings_then in (
+        ((keeper.block_state(0), stack.block_state(0)), chosen),
+        (before, settings(inverse_exponent_override=stack.root_order + 1)),
+    ):
+        other, others_keeper, _ = make(blocks=2, preconditioner=preconditioner)
+        other.load_block_state(0, {**state[1], "roots": [torch.zeros(4, 4), torch.zeros(3, 3)]})
+        others_keeper.load_block_state(0, state[0], settings_then)
+        assert other.ready == [False, False]
+        assert torch.equal(other.apply(grads(7, 2), torch.empty(2, 4, 3))[0], fresh[0])
 
 
 def test_a_block_that_never_had_a_gradient_waits() -> None:

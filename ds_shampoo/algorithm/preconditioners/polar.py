@@ -24,6 +24,11 @@ class PolarPreconditioner(ShampooPreconditioner):
         super().__init__(blocks, device, root_dtype)
         self.root_order = -(-3 * len(self.factors) // 2)  # 3 for a matrix; 2 where one side has a root, 5 for three
 
+    @property
+    def directed(self) -> list[bool]:
+        """All: without roots it is momentum's own spectrum that is made flat, as Muon does."""
+        return [True] * len(self.blocks)
+
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """The directions; a block of more than two dimensions is flattened as its first against the others."""
         flat, _ = self.apply_reshaped(vectors, scratch, flatten_spectrum)

@@ -23,6 +23,7 @@ class Preconditioner(Protocol):
         roots: likewise, [n, d, d] of the dtype in which roots are kept.
         updates: how often each slot's statistics were updated.
         ready: whether each slot's roots are all in force.
+        directed: whether each slot has a direction: its roots are in force, or it moves without them too.
         root_order: p of the roots A^(-1/p).
     """
 
@@ -33,11 +34,17 @@ class Preconditioner(Protocol):
     ready: list[bool]
     root_order: int
 
+    @property
+    def directed(self) -> list[bool]: ...
+
     def restart(self, slot: int) -> None:
         """Puts the slot back to where it was built."""
 
     def restart_statistics(self, slot: int) -> None:
         """Forgets the slot's gradients; what is in force stays."""
+
+    def drop_root(self, slot: int, factor: int) -> None:
+        """Puts the identity in a root's place; the slot is not ready."""
 
     def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
         """Folds block gradients [n, *shape] into the statistics of `slots`."""
@@ -45,7 +52,7 @@ class Preconditioner(Protocol):
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """The directions for vectors [n, *shape], in either of the two tensors, which are both overwritten.
 
-        Those of slots that aren't ready mean nothing.
+        Those of slots that aren't `directed` mean nothing.
         """
 
     def block_state(self, slot: int) -> dict[str, Any]:

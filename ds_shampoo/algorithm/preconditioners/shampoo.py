@@ -28,11 +28,21 @@ class ShampooPreconditioner:
         self.root_order = 2 * len(dims)
         self.updates = [0] * count
         self.ready = [False] * count
+        for slot in range(count):
+            self.restart(slot)
+
+    @property
+    def directed(self) -> list[bool]:
+        """Those with roots: momentum alone is no direction for Adam's length."""
+        return self.ready
 
     def restart(self, slot: int) -> None:
         self.restart_statistics(slot)
-        for root in self.roots:
-            root[slot].zero_()
+        for factor in range(len(self.roots)):
+            self.drop_root(slot, factor)
+
+    def drop_root(self, slot: int, factor: int) -> None:
+        torch.nn.init.eye_(self.roots[factor][slot])
         self.ready[slot] = False
 
     def restart_statistics(self, slot: int) -> None:

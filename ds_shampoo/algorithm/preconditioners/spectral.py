@@ -24,6 +24,11 @@ class SpectralPreconditioner(ShampooPreconditioner):
         super().__init__(blocks, device, root_dtype)
         self.root_order *= 2
 
+    @property
+    def directed(self) -> list[bool]:
+        """All: without roots an orthogonal momentum, as Muon's."""
+        return [True] * len(self.blocks)
+
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """The directions; a block of more than two dimensions is orthogonal as its first against the others."""
         orthogonal, spare = self.apply_reshaped(vectors, scratch, orthogonalize)
