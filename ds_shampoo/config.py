@@ -46,6 +46,7 @@ Eps = Annotated[float, Field(ge=1e-30, le=1e3)]
 LARGEST_RATE = 1e6
 Rate = Annotated[float, Field(ge=0, le=LARGEST_RATE)]
 Decay = Annotated[float, Field(ge=0, le=1e3)]
+StatisticsOf = Literal["gradients", "differences"]
 StatisticsBeta = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Grafting = Literal[
@@ -175,6 +176,7 @@ class GroupSettings(_Common):
     betas: Betas
     # The root mean square of a block's direction, or its grafting step's norm.
     direction_rms: Annotated[float | Literal["grafting"], BeforeValidator(parse_length)]
+    statistics_of: StatisticsOf
     statistics_beta: StatisticsBeta
     matmul_precision: MatmulPrecision
     root_interval: PositiveInt
@@ -193,6 +195,7 @@ class ShampooConfig(_Common):
 
     betas: Betas | None = None
     direction_rms: Annotated[float | Literal["grafting"] | None, BeforeValidator(parse_length)] = None
+    statistics_of: StatisticsOf | None = None
     statistics_beta: StatisticsBeta | None = None
     matmul_precision: MatmulPrecision | None = None
     root_interval: PositiveInt | None = None

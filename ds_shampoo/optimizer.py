@@ -77,6 +77,8 @@ class Shampoo(StatefulOptimizer):
         inverse_exponent_override: the root's order p, up to 64; None for twice the number of factors, for "spectral"
             four times, for "polar" 1.5 times, rounded up.
         start_preconditioning_step: the first preconditioned step, counted from 1.
+        statistics_of: what the Kronecker factors take in: "gradients", or "differences" of two successive ones, which are
+            of their noise; None for the preconditioner's own.
         statistics_beta: decay of the Kronecker factors; 1 sums them as AdaGrad does.
         statistics_interval, root_interval: steps between updates of factors and of roots.
         matmul_precision: "highest", "high" or "medium": how far the inputs of the step's products, statistics and
@@ -147,6 +149,7 @@ class Shampoo(StatefulOptimizer):
         matrix_epsilon: float = 1e-6,
         inverse_exponent_override: int | None = None,
         start_preconditioning_step: int = 1,
+        statistics_of: Literal["gradients", "differences"] | None = None,
         statistics_beta: float | None = None,
         statistics_interval: int = 1,
         matmul_precision: MatmulPrecision | None = None,

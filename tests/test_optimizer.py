@@ -255,6 +255,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
         {"root_refresh_threshold": 0.3},
         {"root_dtype": "bfloat16"},
         {"momentum": "after"},
+        {"statistics_of": "differences", "preconditioner": "polar"},
     ],
     ids=str,
 )

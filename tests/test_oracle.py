@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "direction_rms": "grafting",
     "inverse_exponent_override": None,
     "start_preconditioning_step": 1,
+    "statistics_of": "gradients",
     "statistics_beta": 0.9,
     "statistics_interval": 1,
     "root_interval": 3,
@@ -209,8 +210,10 @@ class Oracle:
             if (t - 1) % s["statistics_interval"] == 0:
                 block["n"] += 1
                 for k, i in enumerate(blocks["on"]):
-                    rows = g[place].movedim(i, 0).flatten(1)
+                    folded = g[place] - block.get("G0", 0) if s["statistics_of"] == "differences" else g[place]
+                    rows = folded.movedim(i, 0).flatten(1)
                     block["L"][k] = b * block["L"][k] + (1 - b if b < 1 else 1) * rows @ rows.T
+                block["G0"] = g[place]
             start = s["start_preconditioning_step"]
             if t < start:
                 continue
@@ -382,6 +385,8 @@ def test_grafting_and_momentum(grafting: str, momentum: str, nesterov: bool) -> 
         {"preconditioner": "polar", "embedding": "one_sided", "block_size": 40, "merge_small_dims": False},
         {"preconditioner": "polar", "inverse_exponent_override": 2, "grafting": "none"},
         {"direction_rms": 0.3},
+        {"statistics_of": "differences"},
+        {"statistics_of": "differences", "preconditioner": "polar", "statistics_interval": 3},
         {"momentum_warmup_steps": 12, "momentum_warmup_start": 0.3},
         {"momentum_warmup_steps": 40, "momentum": "after", "nesterov": False},
         {"momentum_warmup_steps": 5, "betas": (0.5, 0.9)},

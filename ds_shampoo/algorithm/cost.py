@@ -43,6 +43,7 @@ def step_flops(block: Block, statistics_interval: int, root_interval: int, preco
     return statistics_flops(block) / statistics_interval + direction + root_flops(block) / root_interval
 
 
-def state_bytes(block: Block, root_bytes: int = FP32_BYTES) -> int:
-    """Factors, packed triangles in fp32, and inverse roots, whole, of so many bytes an element."""
-    return sum(FP32_BYTES * packed_numel(dim) + root_bytes * dim**2 for dim in block.factor_dims)
+def state_bytes(block: Block, root_bytes: int = FP32_BYTES, differences: bool = False) -> int:
+    """Factors, packed triangles in fp32, whole roots of so many bytes an element, and the gradient kept for differences."""
+    previous = FP32_BYTES * block.numel if differences else 0
+    return previous + sum(FP32_BYTES * packed_numel(dim) + root_bytes * dim**2 for dim in block.factor_dims)

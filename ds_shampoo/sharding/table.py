@@ -31,7 +31,7 @@ class BlockTable:
         blocks: all blocks in an order that all ranks share; a block's ordinal is its place here.
         pieces: the parts of the blocks on all ranks.
         owners: by ordinal, the rank that keeps the block.
-        state_bytes: by ordinal, of its factors and roots.
+        state_bytes: by ordinal, of its factors, roots and previous gradient.
     """
 
     partition: Partition
@@ -117,7 +117,8 @@ def block_table(
         loads[owner] += load
     shapes = {parameter.name: parameter.shape for parameter in parameters}
     batches = {parameter.name: parameter.batch for parameter in parameters}
-    state_bytes = [cost.state_bytes(block, DTYPES[settings.root_dtype].itemsize) for block in blocks]
+    root_bytes, differences = DTYPES[settings.root_dtype].itemsize, settings.statistics_of == "differences"
+    state_bytes = [cost.state_bytes(block, root_bytes, differences) for block in blocks]
     parts = {parameter.name: len(parameter.parts.lengths) if parameter.parts else 1 for parameter in parameters}
     roles = {
         parameter.name: auxiliary_role(parameter.role, preconditioned=blocked[parameter.name][0] is not None)

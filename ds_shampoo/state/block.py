@@ -32,6 +32,7 @@ class _BlockState(_State):
     shape: list[Count]
     factors: list[Tensor]
     roots: list[Tensor]
+    previous: list[Tensor] = []
     updates: Count
     ready: bool
     rooted: list[Tensor]
@@ -59,6 +60,7 @@ def misfit(state: Mapping[str, Any], block: Block) -> str:
     problems = [
         _shapes("factors", found.factors, packed),
         _shapes("roots", found.roots, whole),
+        _shapes("previous", found.previous, [block.shape] * len(found.previous[:1])),
         # Before the first root there is nothing that one was made of.
         _shapes("rooted", found.rooted, whole) if len(found.rooted) >= len(packed) else "",
         *(

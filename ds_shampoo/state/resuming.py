@@ -21,7 +21,7 @@ from ds_shampoo.state.saving import STRUCTURAL
 logger = logging.getLogger("ds_shampoo")
 
 # What a stack of blocks is made by, beside how they are cut.
-_BUILT_BY = (*STRUCTURAL, "preconditioner", "root_dtype")
+_BUILT_BY = (*STRUCTURAL, "preconditioner", "root_dtype", "statistics_of")
 # A saved param group names under this key what was changed since it was made.
 CHANGED = "changed"
 # Changed by schedulers in most jobs, and a checkpoint's whatever it was before.

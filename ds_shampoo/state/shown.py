@@ -139,7 +139,8 @@ def _views(sharded: ShardedGroup, name: str) -> dict[str, Any]:
     return {
         str(owned.block.index): {
             key: {str(number): tensor[owned.slot] for number, tensor in enumerate(tensors)}
-            for key, tensors in (("factors", owned.stack.factors), ("roots", owned.stack.roots))
+            for key in ("factors", "roots", "previous")
+            if (tensors := getattr(owned.stack, key))
         }
         for owned in sharded.owned_blocks_of(name)
     }

@@ -68,8 +68,10 @@ class ShardedGroup:
         self._ordinals = table.owned()
         self._rows = [torch.tensor(ordinals, dtype=torch.int64, device=device) for ordinals in self._ordinals]
         build = PRECONDITIONERS[settings.preconditioner]
-        root_dtype = DTYPES[settings.root_dtype]
-        self.stacks = [build([blocks[i] for i in ordinals], device, root_dtype) for ordinals in self._ordinals]
+        root_dtype, differences = DTYPES[settings.root_dtype], settings.statistics_of == "differences"
+        self.stacks = [
+            build([blocks[i] for i in ordinals], device, root_dtype, differences) for ordinals in self._ordinals
+        ]
         self.counts = RootCounts()
         self._keepers = [
             RootKeeper(stack, [turns[block] for block in stack.blocks], service, self.counts) for stack in self.stacks

@@ -23,6 +23,8 @@ from tests.distributed.test_parity import BY_ROLE, FP32
 Pools = Callable[[int], WorkerPool]
 SAVE_AT, STEPS = 8, 16
 
+# With all of the state that there may be.
+OTHERS = {**BY_ROLE, "preconditioner": "polar", "statistics_of": "differences"}
 ADAMW = {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.01, "torch_adam": True}}
 
 
@@ -50,7 +52,7 @@ def saved(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("own", [{}, BY_ROLE], ids=["usual", "by-role"])
+@pytest.mark.parametrize("own", [{}, OTHERS], ids=["usual", "others"])
 def test_the_same_world_resumes_bit_for_bit(pools: Pools, tmp_path: Path, stage: int, own: dict[str, Any]) -> None:
     config = engine_config({**SHAMPOO, **own}, stage, 2)
     straight = pools(2).run(jobs.saving, config, str(tmp_path), SAVE_AT, STEPS)
@@ -169,9 +171,10 @@ def test_the_comparison_notices_lost_roots(pools: Pools, saved: tuple[Path, Trac
     [
         ({"root_interval": 7, "root_threads": 2}, True),
         ({"root_dtype": "bfloat16"}, True),
+        ({"statistics_of": "differences"}, True),
         ({"block_size": 40}, False),
     ],
-    ids=["interval", "root_dtype", "block_size"],
+    ids=["interval", "root_dtype", "statistics_of", "block_size"],
 )
 def test_changed_settings(pools: Pools, saved: tuple[Path, Trace], changed: dict[str, Any], kept: bool) -> None:
     folder, _ = saved

@@ -34,6 +34,7 @@ def param() -> nn.Parameter:
         ("merge_small_dims", False),
         ("preconditioner", "spectral"),
         ("root_dtype", "bfloat16"),
+        ("statistics_of", "differences"),
         ("embedding", "blocked"),
         ("preconditioned", False),
     ],

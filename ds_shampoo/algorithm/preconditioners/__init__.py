@@ -23,8 +23,9 @@ __all__ = [
     "SpectralPreconditioner",
 ]
 
-# From blocks of one shape, the device on which they are kept, and the dtype of roots between steps.
-Build: TypeAlias = Callable[[Sequence[Block], torch.device, torch.dtype], Preconditioner]
+# From blocks of one shape, the device on which they are kept, the dtype of roots between steps, and whether statistics
+# are of gradients' differences.
+Build: TypeAlias = Callable[[Sequence[Block], torch.device, torch.dtype, bool], Preconditioner]
 
 PRECONDITIONERS: Mapping[str, Build] = {
     "shampoo": ShampooPreconditioner,

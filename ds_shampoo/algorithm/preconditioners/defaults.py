@@ -12,6 +12,7 @@ GRAFTING = "grafting"
 _SHAMPOOS: dict[str, Any] = {
     "betas": (0.95, 0.95),
     "direction_rms": GRAFTING,
+    "statistics_of": "gradients",
     "statistics_beta": 0.5,
     "root_interval": 10,
     "matmul_precision": "highest",

@@ -20,8 +20,14 @@ class PolarPreconditioner(ShampooPreconditioner):
     2 a step.
     """
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(blocks, device, root_dtype)
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        device: torch.device,
+        root_dtype: torch.dtype = torch.float32,
+        differences: bool = False,
+    ) -> None:
+        super().__init__(blocks, device, root_dtype, differences)
         self.root_order = -(-3 * len(self.factors) // 2)  # 3 for a matrix; 2 where one side has a root, 5 for three
 
     @property

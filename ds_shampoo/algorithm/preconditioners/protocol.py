@@ -21,6 +21,8 @@ class Preconditioner(Protocol):
         factors: the statistics, one tensor per preconditioned dimension, in the order of `Block.preconditioned`: packed
             lower triangles [n, packed_numel(d)] fp32.
         roots: likewise, [n, d, d] of the dtype in which roots are kept.
+        previous: the gradients that the statistics took in last, [n, *shape] fp32, where these are of differences; else
+            there are none.
         updates: how often each slot's statistics were updated.
         ready: whether each slot's roots are all in force.
         directed: whether each slot has a direction: its roots are in force, or it moves without them too.
@@ -30,6 +32,7 @@ class Preconditioner(Protocol):
     blocks: tuple[Block, ...]
     factors: list[Tensor]
     roots: list[Tensor]
+    previous: list[Tensor]
     updates: list[int]
     ready: list[bool]
     root_order: int
@@ -47,7 +50,7 @@ class Preconditioner(Protocol):
         """Puts the identity in a root's place; the slot is not ready."""
 
     def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
-        """Folds block gradients [n, *shape] into the statistics of `slots`."""
+        """Folds block gradients [n, *shape], or what has changed of them, into the statistics of `slots`."""
 
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """The directions for vectors [n, *shape], in either of the two tensors, which are both overwritten.

@@ -18,13 +18,27 @@ _WIDENED_AT_ONCE = 2**22
 
 
 class ShampooPreconditioner:
-    """A Kronecker factor and an inverse root per preconditioned dimension; roots of order twice their number."""
+    """A Kronecker factor and an inverse root per preconditioned dimension; roots of order twice their number.
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32) -> None:
+    Args:
+        device: of all tensors.
+        root_dtype: in which roots are kept.
+        differences: statistics are of the difference of a gradient and the one before, which keeps the gradient.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        device: torch.device,
+        root_dtype: torch.dtype = torch.float32,
+        differences: bool = False,
+    ) -> None:
         self.blocks = tuple(blocks)
         count, dims = len(blocks), blocks[0].factor_dims
         self.factors = [torch.zeros(count, packed_numel(dim), dtype=torch.float32, device=device) for dim in dims]
         self.roots = [torch.zeros(count, dim, dim, dtype=root_dtype, device=device) for dim in dims]
+        kept = 1 if differences else 0
+        self.previous = [torch.zeros(count, *blocks[0].shape, dtype=torch.float32, device=device) for _ in range(kept)]
         self.root_order = 2 * len(dims)
         self.updates = [0] * count
         self.ready = [False] * count
@@ -46,24 +60,33 @@ class ShampooPreconditioner:
         self.ready[slot] = False
 
     def restart_statistics(self, slot: int) -> None:
-        for factor in self.factors:
-            factor[slot].zero_()
+        for tensor in (*self.factors, *self.previous):
+            tensor[slot].zero_()
         self.updates[slot] = 0
 
     def update(self, grads: Tensor, slots: Sequence[int], beta: float) -> None:
-        """L <- b L + w G Gᵀ along every preconditioned dimension (paper, Algorithm 1)."""
+        """L <- b L + w G Gᵀ along every preconditioned dimension (paper, Algorithm 1), G a gradient or a difference."""
         if not slots:
             return
         for slot in slots:
             self.updates[slot] += 1
-        for factor, dim in zip(self.factors, self.blocks[0].preconditioned, strict=True):
-            if len(slots) == len(self.blocks):
-                accumulate(factor, grads, dim, beta)
-            else:
-                chosen = torch.tensor(slots, dtype=torch.int64, device="cpu").to(factor.device, non_blocking=True)
-                part = factor[chosen]
-                accumulate(part, grads[chosen], dim, beta)
-                factor[chosen] = part
+        if len(slots) == len(self.blocks):
+            self._fold_in(grads, self.factors, self.previous, beta)
+            return
+        chosen = torch.tensor(slots, dtype=torch.int64, device="cpu").to(grads.device, non_blocking=True)
+        factors, previous = ([tensor[chosen] for tensor in tensors] for tensors in (self.factors, self.previous))
+        self._fold_in(grads[chosen], factors, previous, beta)
+        for whole, part in zip((*self.factors, *self.previous), (*factors, *previous), strict=True):
+            whole[chosen] = part
+
+    def _fold_in(self, grads: Tensor, factors: Sequence[Tensor], previous: Sequence[Tensor], beta: float) -> None:
+        folded = grads
+        for kept in previous:
+            folded = torch.sub(grads, kept, out=kept)
+        for factor, dim in zip(factors, self.blocks[0].preconditioned, strict=True):
+            accumulate(factor, folded, dim, beta)
+        for kept in previous:
+            kept.copy_(grads)
 
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """Multiplies every preconditioned dimension by its inverse root; for a matrix X_L V X_R."""
@@ -90,7 +113,9 @@ class ShampooPreconditioner:
         return other, directions
 
     def block_state(self, slot: int) -> dict[str, Any]:
+        previous = {"previous": [tensor[slot] for tensor in self.previous]} if self.previous else {}
         return {
+            **previous,
             "factors": [factor[slot] for factor in self.factors],
             "roots": [root[slot] for root in self.roots],
             "updates": self.updates[slot],
@@ -101,7 +126,7 @@ class ShampooPreconditioner:
         missing = [name for name in ("factors", "roots", "updates", "ready") if name not in state]
         if missing:
             raise ValueError(f"block {self.blocks[slot]}: the checkpoint lacks {', '.join(missing)}")
-        for name, own in (("factors", self.factors), ("roots", self.roots)):
+        for name, own in self._saved(state):
             saved = [tuple(tensor.shape) for tensor in state[name]]
             if saved != [tuple(tensor.shape[1:]) for tensor in own]:
                 raise ValueError(
@@ -113,11 +138,20 @@ class ShampooPreconditioner:
 
     def load_block_state(self, slot: int, state: Mapping[str, Any]) -> None:
         self.check_block_state(slot, state)
-        for name, own in (("factors", self.factors), ("roots", self.roots)):
+        for name, own in self._saved(state):
             for tensor, value in zip(own, state[name], strict=True):
                 tensor[slot].copy_(value)
         self.updates[slot] = int(state["updates"])
         self.ready[slot] = bool(state["ready"])
+        if not state.get("previous"):
+            for tensor in self.previous:
+                tensor[slot].zero_()
+
+    def _saved(self, state: Mapping[str, Any]) -> Iterator[tuple[str, list[Tensor]]]:
+        """What is taken from a state; statistics of gradients have no previous one, and it may go on without."""
+        yield from (("factors", self.factors), ("roots", self.roots))
+        if self.previous and state.get("previous"):
+            yield "previous", self.previous
 
 
 def _widened_together(root: Tensor) -> Iterator[slice]:

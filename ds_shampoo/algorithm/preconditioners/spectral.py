@@ -20,8 +20,14 @@ class SpectralPreconditioner(ShampooPreconditioner):
     whole matrices). A root applied twice has half of Shampoo's exponent.
     """
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device, root_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(blocks, device, root_dtype)
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        device: torch.device,
+        root_dtype: torch.dtype = torch.float32,
+        differences: bool = False,
+    ) -> None:
+        super().__init__(blocks, device, root_dtype, differences)
         self.root_order *= 2
 
     @property
