@@ -219,7 +219,7 @@ class Oracle:
                 continue
             self.install(block, t)
             if t == start - 1 + self.boundary(t - start + 1, block["place"]):
-                p = math.ceil({"shampoo": 2, "spectral": 4, "polar": 1.5}[s["preconditioner"]] * len(blocks["on"]))
+                p = {"shampoo": 2, "spectral": 4, "polar": 1.25}[s["preconditioner"]] * len(blocks["on"])
                 roots = [self.root(block, k, p) for k in range(len(blocks["on"]))]
                 delay = min(self.delay(), max(1, (t - start + 1) // 4))
                 block["coming"] = (t + delay, roots)
@@ -263,7 +263,7 @@ class Oracle:
         if block["coming"] is not None and t >= block["coming"][0]:
             block["X"], block["coming"] = block["coming"][1], None
 
-    def root(self, block: dict[str, Any], k: int, p: int) -> Tensor | None:
+    def root(self, block: dict[str, Any], k: int, p: float) -> Tensor | None:
         s = self.s
         p = s["inverse_exponent_override"] or p
         b, former = s["statistics_beta"], block["A0"][k]

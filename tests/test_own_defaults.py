@@ -76,7 +76,7 @@ def test_schedules_find_numbers() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
     schedule.step()
     assert 0.85 < optimizer.param_groups[0]["betas"][0] < 0.95
-    assert optimizer.defaults["betas"] == (0.95, 0.95)
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
 
 
 @pytest.mark.parametrize("value", ["graft", 0, -1, 1e7, True, float("nan"), [0.2]])
@@ -117,7 +117,7 @@ def test_the_table_says_what_came_of_it_and_who_set_it() -> None:
     lines = optimizer.describe().splitlines()
     assert (
         'preconditioner "polar": changed since: betas (0.8, 0.95); its own: direction_rms 0.2, matmul_precision '
-        "highest, statistics_of gradients; set for the group: root_interval 7; set for all: statistics_beta 0.9; "
+        "highest, statistics_of differences; set for the group: root_interval 7; set for all: statistics_beta 0.9; "
         "root_delay 4 (param group 0)"
     ) in lines
     assert (

@@ -82,7 +82,7 @@ class BlockRoots:
     failures: int = 0
     setbacks: int = 0
     rooted_at: int = 0
-    root_order: int = 0
+    root_order: float = 0
     pending: Pending | None = field(default=None, repr=False)
 
     @classmethod
@@ -115,7 +115,7 @@ class BlockRoots:
         return state
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any], root_order: int) -> BlockRoots:
+    def restored(cls, state: Mapping[str, Any], root_order: float) -> BlockRoots:
         """The history that `state` was made of, without its jobs under way.
 
         Args:
@@ -123,7 +123,7 @@ class BlockRoots:
             root_order: p of the job at hand; roots of another one count as none.
         """
         factors = len(state["solved"])
-        saved_order = int(state.get("order", 0))
+        saved_order = state.get("order", 0)
         if saved_order not in (0, root_order):
             block = cls.fresh(factors)
             block.failures, block.setbacks = int(state["failures"]), int(state["setbacks"])

@@ -95,7 +95,7 @@ class RootJob:
     correction: float
     updates: int
     beta: float
-    p: int
+    p: float
     epsilon: float
     method: str
     root_dtype: torch.dtype

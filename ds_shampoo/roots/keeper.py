@@ -143,7 +143,7 @@ class RootKeeper:
             jobs = self._jobs(block, snapshots, corrections, updates=updates, settings=settings)
             block.pending = self._submit(slot, int(saved["begun_at"]), int(saved["due_at"]), jobs)
 
-    def _root_order(self, settings: GroupSettings) -> int:
+    def _root_order(self, settings: GroupSettings) -> float:
         return settings.inverse_exponent_override or self._stack.root_order
 
     def _reserve(self, slot: int, due: Pending | None) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
@@ -42,7 +42,7 @@ class _BlockState(_State):
     failures: Count
     setbacks: Count
     rooted_at: Count
-    order: Count = 0
+    order: Annotated[FiniteFloat, Field(ge=0)] = 0
     pending: _Pending | None = None
 
 

@@ -49,12 +49,12 @@ class InverseRoot:
     method: str
 
 
-def inverse_root(matrix: Tensor, p: int, epsilon: float, method: str = "eigh") -> InverseRoot:
+def inverse_root(matrix: Tensor, p: float, epsilon: float, method: str = "eigh") -> InverseRoot:
     """(A + epsilon * lambda_max(A) * I)^(-1/p) of a symmetric positive semi-definite matrix.
 
     Args:
         matrix: [n, n] of any float dtype and device; not changed.
-        p: the root's order, at least 1.
+        p: the root's order, at least 1; a ratio of small whole numbers, such as 4 or 2.5.
         epsilon: the ridge relative to the largest eigenvalue.
         method: a key of `METHODS`.
 
@@ -102,8 +102,10 @@ def _chain(method: str, epsilon: float) -> Iterator[tuple[str, Method, float]]:
     yield "diagonal", diagonal.solve, epsilon
 
 
-def _probe(matrix: Tensor, p: int, solution: Solution) -> None:
-    """Checks Xᵖ (A + ridge I) v = v on random vectors, the same ones for a given order.
+def _probe(matrix: Tensor, p: float, solution: Solution) -> None:
+    """Checks Xᵃ (A + ridge I)ᵇ v = v, where p = a/b, on random vectors, the same ones for a given order.
+
+    The factors come in turns such that the product so far is never far from I, and what rounding does not grow.
 
     Raises:
         NoRootError: if the root is not finite or the relative error exceeds 1e-6.
@@ -111,15 +113,19 @@ def _probe(matrix: Tensor, p: int, solution: Solution) -> None:
     generator = torch.Generator(device="cpu").manual_seed(matrix.shape[0])
     # As rows, which a product with a symmetric matrix takes twice as fast as columns.
     vectors = torch.randn(_PROBES, matrix.shape[0], dtype=matrix.dtype, device="cpu", generator=generator)
-    image = torch.addmm(vectors, vectors, matrix, beta=solution.ridge)
-    for _ in range(p):
-        image = image @ solution.root
+    image, (roots, matrices) = vectors, p.as_integer_ratio()
+    taken_roots, taken = 0, 0
+    while taken_roots < roots or taken < matrices:
+        if taken * roots <= taken_roots * matrices:
+            image, taken = torch.addmm(image, image, matrix, beta=solution.ridge), taken + 1
+        else:
+            image, taken_roots = image @ solution.root, taken_roots + 1
     error = float(((image - vectors).norm(dim=1) / vectors.norm(dim=1)).max())
     if not error <= _PROBE_TOLERANCE:
         raise NoRootError(f"the probe's relative error is {error:.3g}")
 
 
-def _expand(solution: Solution, used: Tensor, p: int) -> Tensor:
+def _expand(solution: Solution, used: Tensor, p: float) -> Tensor:
     """Puts the rows that were left out back in: there A is zero, and the root is that of the ridge."""
     if bool(used.all()):
         return solution.root

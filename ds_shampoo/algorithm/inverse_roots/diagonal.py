@@ -8,7 +8,7 @@ from torch import Tensor
 from ds_shampoo.algorithm.inverse_roots.solution import NoRootError, Solution
 
 
-def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
+def solve(matrix: Tensor, p: float, epsilon: float) -> Solution:
     """X = diag(A + ridge)^(-1/p) with the ridge relative to the largest diagonal element.
 
     Raises:

@@ -12,7 +12,7 @@ from ds_shampoo.algorithm.inverse_roots.solution import NoRootError, Solution, c
 _QUARTER_FROM = 256
 
 
-def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
+def solve(matrix: Tensor, p: float, epsilon: float) -> Solution:
     """X = V (Λ + ridge)^(-1/p) Vᵀ, built as a product of a matrix with its own transpose, hence SPD.
 
     Args:

@@ -16,8 +16,10 @@ _TOLERANCE = 1e-13
 _POWER_ITERATIONS = 200
 
 
-def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
+def solve(matrix: Tensor, p: float, epsilon: float) -> Solution:
     """Iannazzo's coupled iteration: M -> I while H -> A^(-1/p) (the method of the paper, section 4 and appendix).
+
+    A root of order a/b is the b-th power of that of order a.
 
     Args:
         matrix: [n, n] fp64, symmetric, max|A| = 1.
@@ -30,10 +32,11 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
     between_pieces()
     smallest, largest = _spectrum_ends(matrix)
     ridge = checked_ridge(smallest, largest, epsilon)
+    order, power = p.as_integer_ratio()
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    scale = (1 + p) / (2 * (largest + ridge))
+    scale = (1 + order) / (2 * (largest + ridge))
     coupled = (matrix + ridge * identity) * scale
-    root = identity * scale ** (1 / p)
+    root = identity * scale ** (1 / order)
     best_root, best_error = root, float("inf")
     for _ in range(_MAX_ITERATIONS):
         between_pieces()
@@ -42,14 +45,15 @@ def solve(matrix: Tensor, p: int, epsilon: float) -> Solution:
             best_root, best_error = root, error
         if error < _TOLERANCE or not error < 2 * best_error + 1:
             break
-        factor = ((p + 1) * identity - coupled) / p
+        factor = ((order + 1) * identity - coupled) / order
         root = root @ factor
         between_pieces()
-        coupled = torch.linalg.matrix_power(factor, p) @ coupled
+        coupled = torch.linalg.matrix_power(factor, order) @ coupled
         coupled = 0.5 * (coupled + coupled.mT)
     if not best_error < 1:
         raise NoRootError(f"coupled Newton diverged: max|M - I| = {best_error:.3g}")
-    return Solution(0.5 * (best_root + best_root.mT), ridge)
+    found = torch.linalg.matrix_power(0.5 * (best_root + best_root.mT), power)
+    return Solution(0.5 * (found + found.mT), ridge)
 
 
 def _spectrum_ends(matrix: Tensor) -> tuple[float, float]:

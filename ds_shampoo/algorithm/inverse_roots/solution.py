@@ -28,7 +28,7 @@ class Solution:
 class Method(Protocol):
     """Computes (A + epsilon * lambda_max(A) * I)^(-1/p) for a symmetric fp64 matrix with max|A| = 1."""
 
-    def __call__(self, matrix: Tensor, p: int, epsilon: float) -> Solution: ...
+    def __call__(self, matrix: Tensor, p: float, epsilon: float) -> Solution: ...
 
 
 def checked_ridge(smallest: float, largest: float, epsilon: float) -> float:

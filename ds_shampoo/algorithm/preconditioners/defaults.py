@@ -24,7 +24,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "shampoo": MappingProxyType(_SHAMPOOS),
         "spectral": MappingProxyType({**_ORTHOGONALS, "root_interval": 50}),
-        "polar": MappingProxyType(_ORTHOGONALS),
+        "polar": MappingProxyType({**_ORTHOGONALS, "betas": (0.9, 0.95), "statistics_of": "differences"}),
     }
 )
 # The settings that a preconditioner has defaults for.

@@ -15,7 +15,7 @@ from ds_shampoo.algorithm.preconditioners.shampoo import ShampooPreconditioner
 class PolarPreconditioner(ShampooPreconditioner):
     """Shampoo's direction with its outliers cut off: the polar factor of the whitened momentum, about.
 
-    For a matrix polar(X_L V X_R) with roots of order 3: whitening goes on beyond Shampoo's order of 4, and few cubic
+    For a matrix polar(X_L V X_R) with roots of order 2.5: whitening goes on beyond Shampoo's order of 4, and few cubic
     steps bring the large singular values to one. A third fewer products than Muon: 2 for statistics, 2 to whiten and
     2 a step.
     """
@@ -28,7 +28,7 @@ class PolarPreconditioner(ShampooPreconditioner):
         differences: bool = False,
     ) -> None:
         super().__init__(blocks, device, root_dtype, differences)
-        self.root_order = -(-3 * len(self.factors) // 2)  # 3 for a matrix; 2 where one side has a root, 5 for three
+        self.root_order = 1.25 * len(self.factors)  # 2.5 for a matrix: each side's exponent is 0.4
 
     @property
     def directed(self) -> list[bool]:

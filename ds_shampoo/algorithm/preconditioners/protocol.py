@@ -35,7 +35,7 @@ class Preconditioner(Protocol):
     previous: list[Tensor]
     updates: list[int]
     ready: list[bool]
-    root_order: int
+    root_order: float
 
     @property
     def directed(self) -> list[bool]: ...

@@ -39,7 +39,7 @@ class ShampooPreconditioner:
         self.roots = [torch.zeros(count, dim, dim, dtype=root_dtype, device=device) for dim in dims]
         kept = 1 if differences else 0
         self.previous = [torch.zeros(count, *blocks[0].shape, dtype=torch.float32, device=device) for _ in range(kept)]
-        self.root_order = 2 * len(dims)
+        self.root_order: float = 2 * len(dims)
         self.updates = [0] * count
         self.ready = [False] * count
         for slot in range(count):
