@@ -77,8 +77,8 @@ class Shampoo(StatefulOptimizer):
         inverse_exponent_override: the root's order p, up to 64; None for twice the number of factors, for "spectral"
             four times, for "polar" 1.25 times.
         start_preconditioning_step: the first preconditioned step, counted from 1.
-        statistics_of: what the Kronecker factors take in: "gradients", or "differences" of two successive ones, which are
-            of their noise; None for the preconditioner's own.
+        statistics_of: what the Kronecker factors take in: "gradients", or "differences" of two successive ones, which
+            are of their noise; None for the preconditioner's own.
         statistics_beta: decay of the Kronecker factors; 1 sums them as AdaGrad does.
         statistics_interval, root_interval: steps between updates of factors and of roots.
         matmul_precision: "highest", "high" or "medium": how far the inputs of the step's products, statistics and

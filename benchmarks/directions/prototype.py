@@ -81,7 +81,7 @@ class Prototype:
 
 
 class Packaged:
-    """The package's own optimizer under one trial's settings: direction "ds:polar", say."""
+    """The package's own optimizer under one trial's settings, but for exponents: direction "ds:polar", say."""
 
     def __init__(self, model: nn.Module, trial: Trial) -> None:
         self.trial, self.seconds = trial, 0.0
@@ -99,6 +99,7 @@ class Packaged:
             betas=(trial.momentum, trial.beta2),
             eps=trial.eps,
             block_size=trial.block,
+            statistics_of={"mean": "gradients", "difference": "differences"}[trial.statistics],
             statistics_beta=trial.statistics_beta,
             matrix_epsilon=trial.ridge,
             root_interval=trial.interval,
