@@ -44,6 +44,6 @@ def step_flops(block: Block, statistics_interval: int, root_interval: int, preco
 
 
 def state_bytes(block: Block, root_bytes: int = FP32_BYTES, differences: bool = False) -> int:
-    """Factors, packed triangles in fp32, whole roots of so many bytes an element, and a gradient kept for differences."""
+    """Factors, packed triangles in fp32, whole roots of so many bytes an element, a gradient for differences."""
     previous = FP32_BYTES * block.numel if differences else 0
     return previous + sum(FP32_BYTES * packed_numel(dim) + root_bytes * dim**2 for dim in block.factor_dims)
