@@ -56,7 +56,7 @@ class ShampooPreconditioner:
             self.drop_root(slot, factor)
 
     def drop_root(self, slot: int, factor: int) -> None:
-        torch.nn.init.eye_(self.roots[factor][slot])
+        self.roots[factor][slot].zero_().diagonal().fill_(1.0)
         self.ready[slot] = False
 
     def restart_statistics(self, slot: int) -> None:
