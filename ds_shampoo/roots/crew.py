@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ds_shampoo.algorithm.inverse_roots import StoppedError, ask_between_pieces
-from ds_shampoo.roots import native
+from ds_shampoo.roots import gloo_threads, native
 from ds_shampoo.roots.tasks import Task
 
 logger = logging.getLogger("ds_shampoo")
@@ -32,6 +32,9 @@ WARN_AT = frozenset({1, 10, 100, 1000, 10_000, 100_000})
 
 # How long the end of the process waits for pieces of work; a thread that takes longer is left behind.
 _EXIT_S = 0.5
+
+# How long it waits for gloo's threads, which have microseconds to do once they get a core.
+_GLOO_S = 5.0
 
 
 class _Worker:
@@ -278,13 +281,17 @@ _CREWS: weakref.WeakSet[Crew] = weakref.WeakSet()
 
 
 def _end_with_the_process() -> None:
-    """Ends all threads that there are, those of dropped pools too; what is inside torch by then is left behind."""
+    """Ends all threads that there are, those of dropped pools too; what is inside torch by then is left behind.
+
+    It waits for gloo's last, which would be stopped by the handler that is left behind, and never be joined.
+    """
     crews = list(_CREWS)
     for crew in crews:
         crew.stop()
     until = time.monotonic() + _EXIT_S
     try:
         ended = [crew.join(until) for crew in crews]
+        gloo_threads.wait_until_idle(time.monotonic() + _GLOO_S)
     except BaseException:  # an impatient user's second Ctrl-C
         native.leave_threads_behind()
         raise
