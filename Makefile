@@ -63,12 +63,12 @@ test: $(DONE)/ops unlock  ## the tests, two parts at a time; leaves coverage dat
 	$(MAKE) --jobs 2 --keep-going --no-print-directory $(PARTS:%=test-%)
 	$(ACTIVATE) coverage combine --quiet
 
-$(filter-out test-launch test-rest,$(PARTS:%=test-%)): test-%:
+test-roots test-algorithm test-megatron_models: test-%:
 	$(ACTIVATE) coverage run -m pytest tests/$*
 
-# Not counted, which takes longer: the programs use of the package what other tests use too.
-test-launch:
-	$(ACTIVATE) python -m pytest tests/launch
+# Not counted, which takes longer: what they use of the package is used by the other parts too.
+test-distributed test-launch: test-%:
+	$(ACTIVATE) python -m pytest tests/$*
 
 test-rest:
 	$(ACTIVATE) coverage run -m pytest tests $(patsubst %,--ignore tests/%,$(filter-out rest,$(PARTS)) trainers)

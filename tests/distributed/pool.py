@@ -140,7 +140,7 @@ def _serve(
         environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    with _counted() if rank == 0 else contextlib.nullcontext():  # counting takes a quarter more of a core's time
+    with _counted() if rank == 0 else contextlib.nullcontext():  # it takes time
         _answer(connection)
 
 

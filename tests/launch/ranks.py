@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import gc
 import os
+import random
 import runpy
 import signal
 import socket
@@ -122,6 +123,9 @@ def _run(program: Path, arguments: list[str], environment: dict[str, str], log: 
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that systems give away by themselves: seconds pass until rank 0 listens, and nobody takes it then."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
