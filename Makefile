@@ -32,12 +32,16 @@ endif
 
 FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
-# Folders whose tests start several ranks, but for launch, which keeps the other lane as long as this one.
-RANKS := tests/distributed tests/megatron_models
+# The parts of the tests, of which `make test` has two running at any time, in this order: long ones first, and last one
+# whose several ranks keep both cores busy. `rest` is whatever no other part has.
+PARTS := roots distributed algorithm launch rest megatron_models
+
+# Processes that import what this one compiles anew would each compile it again: hundreds in the tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test test-ranks test-rest trainers-test coverage lint wheel-test corpora evidence clean unlock
+.PHONY: help setup pretrain test $(PARTS:%=test-%) trainers trainers-test coverage lint wheel-test corpora evidence clean unlock
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -54,16 +58,22 @@ pretrain: setup unlock  ## pretrain a GPT through the deepspeed launcher; call a
 		--architecture $(ARCHITECTURE) $(if $(VOCABULARY),--vocabulary $(VOCABULARY)) \
 		$(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) $(if $(DATA),--data $(DATA))
 
-test: $(DONE)/ops unlock  ## the tests, in two lanes beside each other; leaves coverage data for `make coverage`
+test: $(DONE)/ops unlock  ## the tests, two parts at a time; leaves coverage data for `make coverage`
 	rm -f .coverage .coverage.*
-	$(MAKE) --jobs 2 --keep-going --no-print-directory test-ranks test-rest
+	$(MAKE) --jobs 2 --keep-going --no-print-directory $(PARTS:%=test-%)
 	$(ACTIVATE) coverage combine --quiet
 
-test-ranks:
-	$(ACTIVATE) coverage run -m pytest $(RANKS)
+test-roots test-algorithm test-megatron_models: test-%:
+	$(ACTIVATE) coverage run -m pytest tests/$*
+
+# Not counted, which takes longer: what they use of the package is used by the other parts too.
+test-distributed test-launch: test-%:
+	$(ACTIVATE) python -m pytest tests/$*
 
 test-rest:
-	$(ACTIVATE) coverage run -m pytest tests $(RANKS:%=--ignore %) --ignore tests/trainers
+	$(ACTIVATE) coverage run -m pytest tests $(patsubst %,--ignore tests/%,$(filter-out rest,$(PARTS)) trainers)
+
+trainers: $(DONE)/trainers
 
 trainers-test: $(DONE)/trainers unlock  ## the examples and the tests of trainers, with Hugging Face's and Lightning's libraries
 	$(ACTIVATE) HF_HUB_OFFLINE=1 python -m pytest tests/trainers

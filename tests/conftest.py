@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+# As when the environment is activated: another ninja than its own builds DeepSpeed's ops once more, for minutes.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
 
 from leftovers import buffers, extensions_folder, remove_stale, unlocking  # noqa: E402

@@ -39,7 +39,7 @@ class WorkerPool:
     def __init__(self, world_size: int) -> None:
         self.alive = True
         self._folder = tempfile.TemporaryDirectory(prefix="ds-shampoo-workers-")
-        context = _forks()
+        context = forks()
         self._workers = []
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -118,8 +118,8 @@ def worker_pools() -> Iterator[Callable[[int], WorkerPool]]:
             workers.close()
 
 
-def _forks() -> ForkServerContext:
-    """Processes that begin with `_IMPORTED_ONCE` imported."""
+def forks() -> ForkServerContext:
+    """Makes processes that begin with `_IMPORTED_ONCE` imported."""
     context = get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED_ONCE)
     counting = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_")}
@@ -140,7 +140,7 @@ def _serve(
         environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    with _counted():
+    with _counted() if rank == 0 else contextlib.nullcontext():  # it takes time
         _answer(connection)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from recorder import read_metrics
-from tests.launch.test_pretrain import CONFIGS, ROOT, launch, trajectory
+from tests.launch.ranks import ROOT, launch, start, stop
+from tests.launch.test_pretrain import CONFIGS, trajectory
 
 STEPS, KILLS = 60, 10
 
@@ -24,7 +21,7 @@ ARGUMENTS += ["--deepspeed_config", str(CONFIGS / "gpt_zero2_shampoo.json")]
 
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    done = launch("torchrun", *ARGUMENTS, "--runs", tmp_path, "--name", "straight")
+    done = launch("forks", *ARGUMENTS, "--runs", tmp_path, "--name", "straight")
     assert done.returncode == 0, done.stdout
     chance, reached = random.Random(7), 0
     for _ in range(KILLS):
@@ -43,34 +40,14 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
 def kill_a_rank(runs: Path, run: Path, chance: random.Random) -> None:
     """Starts or resumes the run, and kills one of its ranks some steps later."""
     before = steps_of(run)
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-         str(ROOT / "launch" / "pretrain_gpt.py"), *ARGUMENTS, "--runs", str(runs), "--name", run.name],
-        env=uncounted() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    ranks = start("pretrain_gpt.py", 2, [*ARGUMENTS, "--runs", str(runs), "--name", run.name], runs / "output")
     end = time.monotonic() + 120
-    while launcher.poll() is None and time.monotonic() < end and steps_of(run) < before + 2:
+    while all(rank.is_alive() for rank in ranks) and time.monotonic() < end and steps_of(run) < before + 2:
         time.sleep(0.02)
     time.sleep(chance.uniform(0.0, 0.4))
-    ranks = children(launcher.pid)
-    if ranks:
-        os.kill(chance.choice(ranks), signal.SIGKILL)
-    launcher.wait(timeout=120)
-
-
-def uncounted() -> dict[str, str]:
-    """The environment without coverage's part in it: a kill would leave a file that it can't read."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    chance.choice(ranks).kill()
+    stop(ranks, 0.1)  # how often torchrun looks after its ranks
 
 
 def steps_of(run: Path) -> int:
     return len(read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
-
-
-def children(pid: int) -> list[int]:
-    """The ranks that a launcher has started."""
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()] if path.exists() else []

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import leftovers
-from tests.launch.test_pretrain import CONFIGS, ROOT, SMALL, launch
+from tests.launch.ranks import ROOT, launch
+from tests.launch.test_pretrain import CONFIGS, SMALL
 
 # torch's own lock, held until the process is killed or told to go on.
 HOLDER = """

@@ -1,10 +1,8 @@
-"""The Megatron programs through the real launcher: indexed data, real models, tensor parallelism, resume."""
+"""The Megatron programs, once each through the real launcher: indexed data, real models, tensor parallelism, resume."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,10 +13,11 @@ import pytest
 
 from megatron_presets import LLAMA
 from recorder import read_metrics
+from tests.launch import ranks as ranks_of
+from tests.launch.ranks import ROOT
 
 pytest.importorskip("megatron.core")
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = "\n\n".join(
     f"The {number}th of these stories is short. Somebody went to town number {number % 7}, and came back late! "
     f"Was it raining then? Nobody knows; it was {number * 37 % 101} days before the harvest."
@@ -30,22 +29,8 @@ SIZE = [
 ]  # fmt: skip
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """A program of this environment; output and errors in `stdout`."""
-    programs = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
-        check=False,
-    )  # fmt: skip
-
-
-def launch(kind: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
-    program = f"launch/pretrain_{kind}_megatron.py"
-    return run("deepspeed", "--num_gpus", str(ranks), "--master_port", port, program, "--deepspeed", *arguments)
+def launch(kind: str, ranks: int, *arguments: str, launcher: str = "forks") -> subprocess.CompletedProcess[str]:
+    return ranks_of.launch(launcher, "--deepspeed", *arguments, program=f"pretrain_{kind}_megatron.py", ranks=ranks)
 
 
 @pytest.fixture(scope="module", params=["gpt", "bert"])
@@ -53,9 +38,10 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "text.txt").write_text(TEXT)
     prefix = folder / "stories"
-    done = run(
-        sys.executable, "launch/prepare_data.py", "--model", request.param, "--input", str(folder / "text.txt"),
-        "--output-prefix", str(prefix), "--vocab-size", "512",
+    done = subprocess.run(
+        [sys.executable, "launch/prepare_data.py", "--model", request.param, "--input", str(folder / "text.txt"),
+         "--output-prefix", str(prefix), "--vocab-size", "512"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "documents" in done.stdout
@@ -71,6 +57,7 @@ def train(
     save: Path,
     stages: int = 1,
     more: Sequence[str] = (),
+    launcher: str = "forks",
 ) -> list[dict[str, Any]]:
     kind, prefix = data
     shape = [*(["--swiglu"] if kind == "gpt" else []), *more]
@@ -78,7 +65,7 @@ def train(
     done = launch(
         kind, ranks, "--deepspeed_config", str(config), "--data-path", str(prefix), "--tensor-model-parallel-size",
         str(slices), "--pipeline-model-parallel-size", str(stages), "--train-iters", str(steps), "--save", str(save),
-        *SIZE, *shape, *sequence,
+        *SIZE, *shape, *sequence, launcher=launcher,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "validation loss" in done.stdout
@@ -95,7 +82,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_one_trajectory_at_tp_1_and_2_and_over_a_resume(data: tuple[str, Path], config: Path, tmp_path: Path) -> None:
-    whole = train(data, 2, 1, 6, config, tmp_path / "whole")
+    whole = train(data, 2, 1, 6, config, tmp_path / "whole", launcher="deepspeed")
     train(data, 4, 2, 3, config, tmp_path / "sliced")
     sliced = train(data, 4, 2, 6, config, tmp_path / "sliced")
     assert [record["step"] for record in sliced] == [1, 2, 3, 4, 5, 6]
@@ -140,7 +127,7 @@ def test_a_wrong_size_is_refused(data: tuple[str, Path], config: Path) -> None:
     kind, prefix = data
     done = launch(
         kind, 2, "--deepspeed_config", str(config), "--data-path", str(prefix), "--tensor-model-parallel-size", "3",
-        "--hidden-size", "48", "--num-attention-heads", "6",
+        "--hidden-size", "48", "--num-attention-heads", "6", launcher="deepspeed",
     )  # fmt: skip
     assert done.returncode != 0
     assert "--tensor-model-parallel-size 3 must divide the 2 ranks" in done.stdout

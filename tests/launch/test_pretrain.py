@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recorder import read_metrics
+from tests.launch.ranks import ROOT, launch
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 # By step 9 the roots of all four blocks are in force.
 STEPS, HALF = 10, 5
@@ -26,30 +22,6 @@ STEPS, HALF = 10, 5
 SMALL = ["--layers", "1", "--d-model", "32", "--heads", "2", "--context", "32", "--eval-windows", "8"]
 SMALL += ["--steps", str(STEPS), "--save-interval", str(HALF), "--eval-interval", str(HALF)]
 SMALL += ["--data", str(ROOT / "docs" / "algorithm.md")]
-
-
-def launch(launcher: str, *arguments: object, program: str = "pretrain_gpt.py") -> subprocess.CompletedProcess[str]:
-    """Runs a program on two CPU ranks with `deepspeed` or `torchrun`, output and errors in `stdout`."""
-    programs = Path(sys.executable).parent
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
-    ranks = {
-        "deepspeed": ["--num_gpus", "2", "--master_port", port],
-        "torchrun": ["--nproc_per_node", "2", "--master_port", port],
-    }
-    # The ops' compiler is looked for on the path.
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
-    command = [programs / launcher, *ranks[launcher], ROOT / "launch" / program, *arguments]
-    return subprocess.run(
-        [str(part) for part in command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
 
 
 def train(launcher: str, config: Path, runs: Path, *more: object) -> str:
@@ -114,34 +86,34 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "config", "optimizer"),
+    ("config", "optimizer"),
     [
-        ("torchrun", "gpt_zero0_shampoo", "Shampoo"),
-        ("torchrun", "gpt_zero1_bf16_shampoo", "Shampoo"),
-        ("torchrun", "gpt_zero2_adamw", "AdamW"),
-        ("deepspeed", "gpt_muon", "TorchMuon"),
+        ("gpt_zero0_shampoo", "Shampoo"),
+        ("gpt_zero1_bf16_shampoo", "Shampoo"),
+        ("gpt_zero2_adamw", "AdamW"),
+        ("gpt_muon", "TorchMuon"),
     ],
 )
-def test_every_configuration_trains(tmp_path: Path, launcher: str, config: str, optimizer: str) -> None:
-    train(launcher, CONFIGS / f"{config}.json", tmp_path)
+def test_every_configuration_trains(tmp_path: Path, config: str, optimizer: str) -> None:
+    train("forks", CONFIGS / f"{config}.json", tmp_path)
     check_finished(tmp_path / config, optimizer)
 
 
 def test_a_modern_model_of_tokens_resumes_and_is_not_taken_for_another(tmp_path: Path) -> None:
     config = CONFIGS / "gpt_zero2_shampoo.json"
     modern = ["--architecture", "modern", "--vocabulary", "320"]
-    printed = train("deepspeed", config, tmp_path, *modern, "--name", "straight")
+    printed = train("forks", config, tmp_path, *modern, "--name", "straight")
     assert "BPE of 320 tokens" in printed
     straight = tmp_path / "straight"
     resumed = cut_short(straight, tmp_path / "resumed")
 
     other = [*SMALL, "--vocabulary", "320", "--name", "resumed"]
-    done = launch("deepspeed", "--deepspeed_config", config, "--runs", tmp_path, *other)
+    done = launch("forks", "--deepspeed_config", config, "--runs", tmp_path, *other)
     assert done.returncode != 0
     assert "model.architecture = 'modern', this call has 'gpt2'" in done.stdout
     assert "Traceback" not in done.stdout
 
-    printed = train("torchrun", config, tmp_path, *modern, "--name", "resumed")
+    printed = train("forks", config, tmp_path, *modern, "--name", "resumed")
     assert f"from step {HALF} to {STEPS}" in printed
     check_finished(resumed, "Shampoo")
     assert trajectory(resumed) == trajectory(straight)

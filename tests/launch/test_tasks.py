@@ -1,4 +1,4 @@
-"""Every training program under the real launcher, two ranks, with each of its JSONs; runs that stop and go on."""
+"""Every training program on two ranks, with each of its JSONs; runs that stop and go on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 
 from recorder import read_metrics
 from tests.launch.dlrm.test_dlrm import write_flights
+from tests.launch.ranks import ROOT, launch
 from tests.launch.resnet.test_resnet import write_images
-from tests.launch.test_pretrain import CONFIGS, ROOT, SMALL, launch
+from tests.launch.test_pretrain import CONFIGS, SMALL
 from tests.launch.translation.test_translation import write_pairs
 
 STEPS = 6
@@ -52,7 +53,7 @@ def test_every_task_trains_with_shampoo(task: str, tmp_path: Path, data: dict[st
     program, arguments, metric = PROGRAMS[task]
     config = small_batches(CONFIGS / f"{task}_shampoo.json", tmp_path)
     arguments += ["--deepspeed_config", str(config), "--data", str(data[task]), "--runs", str(tmp_path)]
-    done = launch("deepspeed", *arguments, "--steps", STEPS, "--eval-interval", 3, program=program)
+    done = launch("forks", *arguments, "--steps", STEPS, "--eval-interval", 3, program=program)
     assert done.returncode == 0, done.stdout
     records = read_metrics(tmp_path / f"{task}_shampoo")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
@@ -75,7 +76,7 @@ def test_missing_data_is_refused_with_the_way_to_fetch_it(tmp_path: Path) -> Non
 def test_a_run_with_muon_resumes_bit_for_bit(tmp_path: Path) -> None:
     arguments = ["--deepspeed_config", CONFIGS / "gpt_muon.json", "--runs", tmp_path, *SMALL]
     for extra in (["--name", "straight"], ["--name", "parts", "--stop-at", "5"], ["--name", "parts"]):
-        done = launch("torchrun", *arguments, *extra)
+        done = launch("forks", *arguments, *extra)
         assert done.returncode == 0, done.stdout
     straight, parts = (
         [(record["loss"], record["lr"], record.get("val_loss")) for record in read_metrics(tmp_path / name)]
