@@ -235,7 +235,7 @@ class Crew:
                 raise StoppedError
 
         ask_between_pieces(check)
-        while (task := self._next(worker)) is not None:
+        while not worker.dismissed and (task := self._next(worker)) is not None:
             self._solve(worker, task)
             del task  # nothing is kept alive by a thread that waits
 

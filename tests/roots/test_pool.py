@@ -173,6 +173,7 @@ def test_a_hung_worker_is_replaced_and_what_it_says_later_is_ignored(root_thread
     assert pool.failed == 1
     gate.set()
     hung[0].join(LONG)
+    assert not hung[0].is_alive()  # nobody needs to wake it
     assert lost.answer() == "again"
     pool.close()
     assert root_threads() == 0
