@@ -75,7 +75,7 @@ class Shampoo(StatefulOptimizer):
         embedding: what embeddings and output heads get: "diagonal" (grafting only), "one_sided" or "blocked".
         matrix_epsilon: ridge of the inverse roots, relative to the largest eigenvalue.
         inverse_exponent_override: the root's order p, up to 64; None for twice the number of factors, for "spectral"
-            four times, for "polar" 1.25 times.
+            four times, for "polar" 1.25 times, in halves.
         start_preconditioning_step: the first preconditioned step, counted from 1.
         statistics_of: what the Kronecker factors take in: "gradients", or "differences" of two successive ones, which
             are of their noise; None for the preconditioner's own.

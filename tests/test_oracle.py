@@ -219,7 +219,7 @@ class Oracle:
                 continue
             self.install(block, t)
             if t == start - 1 + self.boundary(t - start + 1, block["place"]):
-                p = {"shampoo": 2, "spectral": 4, "polar": 1.25}[s["preconditioner"]] * len(blocks["on"])
+                p = math.ceil({"shampoo": 4, "spectral": 8, "polar": 2.5}[s["preconditioner"]] * len(blocks["on"])) / 2
                 roots = [self.root(block, k, p) for k in range(len(blocks["on"]))]
                 delay = min(self.delay(), max(1, (t - start + 1) // 4))
                 block["coming"] = (t + delay, roots)

@@ -41,7 +41,7 @@ _LAST = (SECOND_BETA, WARMUP, DECAY, EPS)
 MUON = Contender(
     "Muon",
     "TorchMuon",
-    {**_COMMON, **_ROLES, "lr": 8e-3, "momentum": 0.95, "momentum_warmup": 0.2},
+    {**_COMMON, **_ROLES, "lr": 8e-3, "momentum": 0.9, "momentum_warmup": 0.2},
     (RATE, MOMENTUM, *BY_ROLE, MOMENTUM_WARMUP, *_LAST),
 )
 
@@ -66,12 +66,6 @@ FACEBOOK = Contender(
     (RATE, Axis("root_interval", (1, 5)), MOMENTUM, *BY_ROLE, *_LAST),
 )
 
-FACEBOOK_THIRD = replace(
-    FACEBOOK,
-    name="Facebook's Shampoo, exponent 1/3",
-    settings={**FACEBOOK.settings, "exponent": 1 / 3, "grafting": "sqrt_rows", "lr": 32e-3},
-)
-
 # One default for all tasks; blocks as wide as the models, as the others have whole matrices.
 SHAMPOO = Contender(
     "Shampoo",
@@ -80,9 +74,19 @@ SHAMPOO = Contender(
     (RATE, FIRST_BETA, *BY_ROLE, *_LAST),
 )
 
-# The preconditioner alone: what belongs to it are its own defaults.
-SPECTRAL = replace(SHAMPOO, name="Spectral", settings={**SHAMPOO.settings, "lr": 8e-3, "preconditioner": "spectral"})
-POLAR = replace(SPECTRAL, name="Polar", settings={**SPECTRAL.settings, "preconditioner": "polar"})
+# What belongs to the preconditioner are its own defaults, but for what all tune.
+POLAR = Contender(
+    "Polar",
+    "Shampoo",
+    {
+        **SHAMPOO.settings,
+        "lr": 8e-3,
+        "betas.0": 0.9,
+        "momentum_warmup_steps": 0.2,
+        "preconditioner": "polar",
+    },
+    (RATE, FIRST_BETA, *BY_ROLE, replace(MOMENTUM_WARMUP, key="momentum_warmup_steps"), *_LAST),
+)
 
 
 def at(contender: Contender, lr: float, **settings: Value) -> Contender:

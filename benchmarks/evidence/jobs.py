@@ -25,7 +25,7 @@ from recorder import Record, read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 
 # Settings that are given in parts of the schedule's length, and to the program in steps.
-OF_SCHEDULE = frozenset({"scheduler.warmup_num_steps", "momentum_warmup"})
+OF_SCHEDULE = frozenset({"scheduler.warmup_num_steps", "momentum_warmup", "momentum_warmup_steps"})
 _SCHEDULER = "scheduler."
 
 # A job's folder has this once it is finished: what it was run with.

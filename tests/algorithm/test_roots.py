@@ -40,7 +40,7 @@ def error(matrix: torch.Tensor, root: torch.Tensor, ridge: float, p: float) -> f
 def test_roots_are_roots(method: str, data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 300 if method == "eigh" else 96), "n")
     rank = data.draw(st.integers(1, n), "rank")
-    p = data.draw(st.sampled_from([1, 2, 3, 4, 6, 1.25, 2.5, 3.75]), "p")
+    p = data.draw(st.sampled_from([1, 2, 3, 4, 6, 1.5, 2.5]), "p")
     condition = data.draw(st.floats(0, 12), "log10 condition")
     scale = 10.0 ** data.draw(st.floats(-30, 20), "log10 scale")
     matrix = spd(n, rank, condition, scale, data.draw(st.integers(0, 1000), "seed"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ class PolarPreconditioner(ShampooPreconditioner):
         differences: bool = False,
     ) -> None:
         super().__init__(blocks, device, root_dtype, differences)
-        self.root_order = 1.25 * len(self.factors)  # 2.5 for a matrix: each side's exponent is 0.4
+        self.root_order = math.ceil(2.5 * len(self.factors)) / 2  # 2.5 for a matrix: each side's exponent is 0.4
 
     @property
     def directed(self) -> list[bool]:
