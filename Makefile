@@ -32,9 +32,9 @@ endif
 
 FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
-# The parts of the tests, of which `make test` has two running at any time, in this order: long ones first, and last one
-# whose several ranks keep both cores busy. `rest` is whatever no other part has.
-PARTS := roots distributed algorithm launch rest megatron_models
+# The parts of the tests, of which `make test` has two running at any time, the longest first. `rest` is whatever no other
+# part has.
+PARTS := distributed rest launch megatron_models roots algorithm
 
 # Processes that import what this one compiles anew would each compile it again: hundreds in the tests.
 unexport PYTHONDONTWRITEBYTECODE
