@@ -105,7 +105,7 @@ def _chain(method: str, epsilon: float) -> Iterator[tuple[str, Method, float]]:
 def _probe(matrix: Tensor, p: float, solution: Solution) -> None:
     """Checks Xᵃ (A + ridge I)ᵇ v = v, where p = a/b, on random vectors, the same ones for a given order.
 
-    The factors come in turns such that the product so far is never far from I, and what rounding does not grow.
+    The factors come in such an order that their product is never far from I, since rounding grows with its condition.
 
     Raises:
         NoRootError: if the root is not finite or the relative error exceeds 1e-6.
