@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
@@ -17,6 +17,13 @@ class _State(BaseModel):
     """What it does not name, some other release may know."""
 
     model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
+
+
+def _no_tensor(order: object) -> object:
+    """One of a single number would pass for that."""
+    if isinstance(order, Tensor):
+        raise ValueError("must be a number, not a tensor")
+    return order
 
 
 class _Pending(_State):
@@ -42,7 +49,7 @@ class _BlockState(_State):
     failures: Count
     setbacks: Count
     rooted_at: Count
-    order: Annotated[FiniteFloat, Field(ge=0)] = 0
+    order: Annotated[FiniteFloat, BeforeValidator(_no_tensor), Field(ge=0, multiple_of=0.5)] = 0
     pending: _Pending | None = None
 
 
