@@ -59,7 +59,6 @@ GPT_MODERN_12M = replace(
     title="Language model: the same GPT 512 wide, 13M parameters, bytes",
     arguments=(*_MODERN, "--vocabulary", "bytes", "--d-model", "512", "--heads", "8"),
     small_steps=8,
-    evaluations=20,
     tuning=Tuning("python_docs", steps=60, budget=5, after="gpt_modern"),
     contenders=FOREMOST,
 )

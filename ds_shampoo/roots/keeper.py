@@ -135,13 +135,17 @@ class RootKeeper:
         saved = state.get("pending")
         snapshots = [self._service.transfers.from_saved(values) for values in saved["snapshots"]] if saved else []
         self._replace(slot, block)
-        for factor, solved in enumerate(block.solved):
-            if not solved:
-                self._stack.drop_root(slot, factor)
+        self._drop_unsolved(slot)
         if saved:
             corrections, updates = [float(c) for c in saved["corrections"]], int(saved.get("updates", 0))
             jobs = self._jobs(block, snapshots, corrections, updates=updates, settings=settings)
             block.pending = self._submit(slot, int(saved["begun_at"]), int(saved["due_at"]), jobs)
+
+    def _drop_unsolved(self, slot: int) -> None:
+        """Takes out of force what no accepted root is behind."""
+        for factor, solved in enumerate(self._blocks[slot].solved):
+            if not solved:
+                self._stack.drop_root(slot, factor)
 
     def _root_order(self, settings: GroupSettings) -> float:
         return settings.inverse_exponent_override or self._stack.root_order
@@ -296,8 +300,7 @@ class RootKeeper:
                 )  # fmt: skip
             if block.failures == settings.max_root_failures:
                 block.forget_roots()
-                for factor in range(len(stack.roots)):
-                    stack.drop_root(slot, factor)
+                self._drop_unsolved(slot)
                 instead = "its momentum's own direction" if stack.directed[slot] else "its grafting step"
                 logger.warning(
                     "block %s got no root at %d boundaries in a row and goes on without roots: by %s from now on",

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.orthogonal import flatten_spectrum
 from ds_shampoo.algorithm.preconditioners.shampoo import ShampooPreconditioner
 
@@ -21,20 +18,11 @@ class PolarPreconditioner(ShampooPreconditioner):
     2 a step.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[Block],
-        device: torch.device,
-        root_dtype: torch.dtype = torch.float32,
-        differences: bool = False,
-    ) -> None:
-        super().__init__(blocks, device, root_dtype, differences)
-        self.root_order = math.ceil(2.5 * len(self.factors)) / 2  # 2.5 for a matrix: each side's exponent is 0.4
+    needs_roots = False  # without them it is momentum's own spectrum that is made flat, as Muon does
 
     @property
-    def directed(self) -> list[bool]:
-        """All: without roots it is momentum's own spectrum that is made flat, as Muon does."""
-        return [True] * len(self.blocks)
+    def root_order(self) -> float:
+        return math.ceil(2.5 * len(self.factors)) / 2  # 2.5 for a matrix: each side's exponent is 0.4
 
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """The directions; a block of more than two dimensions is flattened as its first against the others."""

@@ -35,7 +35,9 @@ class Preconditioner(Protocol):
     previous: list[Tensor]
     updates: list[int]
     ready: list[bool]
-    root_order: float
+
+    @property
+    def root_order(self) -> float: ...
 
     @property
     def directed(self) -> list[bool]: ...

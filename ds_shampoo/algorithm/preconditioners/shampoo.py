@@ -26,6 +26,8 @@ class ShampooPreconditioner:
         differences: statistics are of the difference of a gradient and the one before, which keeps the gradient.
     """
 
+    needs_roots = True  # momentum alone is no direction for Adam's length
+
     def __init__(
         self,
         blocks: Sequence[Block],
@@ -36,19 +38,21 @@ class ShampooPreconditioner:
         self.blocks = tuple(blocks)
         count, dims = len(blocks), blocks[0].factor_dims
         self.factors = [torch.zeros(count, packed_numel(dim), dtype=torch.float32, device=device) for dim in dims]
-        self.roots = [torch.zeros(count, dim, dim, dtype=root_dtype, device=device) for dim in dims]
+        self.roots = [torch.eye(dim, dtype=root_dtype, device=device).repeat(count, 1, 1) for dim in dims]
         kept = 1 if differences else 0
         self.previous = [torch.zeros(count, *blocks[0].shape, dtype=torch.float32, device=device) for _ in range(kept)]
-        self.root_order: float = 2 * len(dims)
         self.updates = [0] * count
         self.ready = [False] * count
-        for slot in range(count):
-            self.restart(slot)
+
+    @property
+    def root_order(self) -> float:
+        """Twice the number of factors."""
+        return 2 * len(self.factors)
 
     @property
     def directed(self) -> list[bool]:
-        """Those with roots: momentum alone is no direction for Adam's length."""
-        return self.ready
+        """Where roots are needed, those that have them."""
+        return self.ready if self.needs_roots else [True] * len(self.blocks)
 
     def restart(self, slot: int) -> None:
         self.restart_statistics(slot)

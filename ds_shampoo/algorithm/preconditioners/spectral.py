@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.orthogonal import orthogonalize
 from ds_shampoo.algorithm.preconditioners.shampoo import ShampooPreconditioner
 
@@ -20,20 +16,11 @@ class SpectralPreconditioner(ShampooPreconditioner):
     whole matrices). A root applied twice has half of Shampoo's exponent.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[Block],
-        device: torch.device,
-        root_dtype: torch.dtype = torch.float32,
-        differences: bool = False,
-    ) -> None:
-        super().__init__(blocks, device, root_dtype, differences)
-        self.root_order *= 2
+    needs_roots = False  # without them it is an orthogonal momentum, as Muon's
 
     @property
-    def directed(self) -> list[bool]:
-        """All: without roots an orthogonal momentum, as Muon's."""
-        return [True] * len(self.blocks)
+    def root_order(self) -> float:
+        return 2 * super().root_order
 
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
         """The directions; a block of more than two dimensions is orthogonal as its first against the others."""
