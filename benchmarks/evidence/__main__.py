@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.evidence.execution import carry_out
@@ -35,9 +36,14 @@ def main() -> None:
             continue
         results = output / f"{study.name}.json"
         try:
-            if not args.again:
+            cores = Cores(args.runs / protocol.name, args.cores, study.ranks)
+            few = tuple(contender for contender in study.contenders if contender.name in (args.contenders or ()))
+            if few:
+                carry_out(replace(study, contenders=few), protocol, cores, before=chosen_before(study, output))
+            elif args.contenders:
+                print(f"{study.name}: has none of {', '.join(args.contenders)}")
+            elif not args.again:
                 kept = read(study, protocol, results) if args.missing and results.exists() else None
-                cores = Cores(args.runs / protocol.name, args.cores, study.ranks)
                 write(carry_out(study, protocol, cores, before=chosen_before(study, output), kept=kept), output)
             elif results.exists():
                 write(read(study, protocol, results).complete(), output)
@@ -83,10 +89,19 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--protocol", choices=PROTOCOLS, default=SMALL.name, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STUDY", help=f"some of {', '.join(names)}")
+    everyone = sorted({contender.name for study in STUDIES for contender in study.contenders})
     few = parser.add_mutually_exclusive_group()
     few.add_argument("--missing", action="store_true", help="run only the contenders that the results there are lack")
     few.add_argument(
         "--again", action="store_true", help="run nothing: tables and pictures of the results that are there"
+    )
+    few.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=everyone,
+        metavar="NAME",
+        help=f"run these alone, the first of each study as its baseline, and leave results to a call of all: "
+        f"{', '.join(everyone)}",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="default: %(default)s")
