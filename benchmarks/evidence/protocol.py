@@ -81,7 +81,7 @@ class Study:
     small_steps: int
     contenders: tuple[Contender, ...]
     tuning: Tuning | None = None
-    horizons: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9, 1.2, 1.5)
+    horizons: tuple[float, ...] = (0.7, 0.8, 0.9, 1.2, 1.5)
     evaluations: int = 40
     batch: int | None = None
     ranks: int = 1

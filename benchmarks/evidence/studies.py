@@ -23,8 +23,9 @@ from benchmarks.evidence.protocol import Contender, Study, Tuning
 from benchmarks.evidence.search import Axis
 
 EVERYONE = (MUON, ADAMW, SOAP, FACEBOOK, SHAMPOO, POLAR)
-# Whom a task beside the first is run for.
+# Whom a task beside the first is run for, and a model beside its own.
 FOREMOST = (MUON, ADAMW, SHAMPOO, POLAR)
+FEWEST = (MUON, ADAMW, POLAR)
 
 _MODERN = ("--autocast", "--architecture", "modern", "--mlp", "gated", "--eval-windows", "256")
 
@@ -49,8 +50,8 @@ GPT_MODERN_BPE = replace(
     name="gpt_modern_bpe",
     title="Language model: the same GPT with BPE of 4,096 tokens, 5.5M parameters",
     arguments=(*_MODERN, "--vocabulary", "4096"),
-    tuning=Tuning("python_docs", steps=60, budget=5, after="gpt_modern"),
-    contenders=FOREMOST,
+    tuning=Tuning("python_docs", steps=60, budget=4, after="gpt_modern"),
+    contenders=FEWEST,
 )
 
 GPT_MODERN_12M = replace(
@@ -59,8 +60,8 @@ GPT_MODERN_12M = replace(
     title="Language model: the same GPT 512 wide, 13M parameters, bytes",
     arguments=(*_MODERN, "--vocabulary", "bytes", "--d-model", "512", "--heads", "8"),
     small_steps=8,
-    tuning=Tuning("python_docs", steps=60, budget=5, after="gpt_modern"),
-    contenders=FOREMOST,
+    tuning=Tuning("python_docs", steps=60, budget=4, after="gpt_modern"),
+    contenders=FEWEST,
 )
 
 # 128 windows of 128 tokens.
