@@ -9,7 +9,6 @@ import argparse
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -22,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 import ds_shampoo
+from clock import Spent, StepClock
 from command_line import effective_config
 from corpora import Corpus
 from ds_shampoo.roots.cores import local_place
@@ -64,28 +64,29 @@ class Trainer:
         arguments, first = self.arguments, self.engine.global_steps
         last = min(arguments.steps, arguments.stop_at or arguments.steps)
         recorder = Recorder(self.folder.path, first) if self.rank == 0 else None
+        clock = StepClock()
         with tqdm(total=arguments.steps, initial=first, disable=self.rank != 0, unit="step", smoothing=0.1) as bar:
             for step in range(first + 1, last + 1):
-                record, duration = self._step(step)
+                record, spent = self._step(step, clock)
                 if step % arguments.eval_interval == 0 or step == arguments.steps:
                     record |= self._evaluate()
                 if step == arguments.steps and self.rank == 0:
                     record |= self._final()
                 if recorder:
-                    recorder.write(record, duration)
+                    recorder.write(record, spent)
                 bar.set_postfix_str(self._progress(record), refresh=False)
                 bar.update()
                 if arguments.save_interval and (step % arguments.save_interval == 0 or step == last):
                     self._save()
 
-    def _step(self, step: int) -> tuple[Record, float]:
-        """One optimizer step; returns its record and its duration in seconds."""
-        start = time.perf_counter()
+    def _step(self, step: int, clock: StepClock) -> tuple[Record, Spent]:
+        """One optimizer step; returns its record and what it took."""
+        clock.start()
         learning_rate = self.engine.get_lr()[0]
         loss = self._train(step - 1)
         if not math.isfinite(loss):
             sys.exit(f"error: the loss is {loss} at step {step}")
-        duration = time.perf_counter() - start
+        spent = clock.spent()
         units = self.engine.train_batch_size() * self.task.units_per_sample
         grad_norm = self.engine.get_global_grad_norm()
         record = {
@@ -93,10 +94,10 @@ class Trainer:
             **self.task.training_record(loss),
             "lr": learning_rate,
             self.task.unit: step * units,
-            f"{self.task.unit}_per_s": round(units / duration, 1),
+            f"{self.task.unit}_per_s": round(units / spent.wall, 1),
             "grad_norm": None if grad_norm is None else float(grad_norm),
         }
-        return record | self._optimizer_metrics(), duration
+        return record | self._optimizer_metrics(), spent
 
     def _train(self, step: int) -> float:
         """Forward, backward and update of one step; returns its mean loss over micro-batches and ranks."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ds_shampoo
+from clock import StepClock
 from ds_shampoo.megatron import mpu
 from ds_shampoo.testing import megatron_on_cpu as cpu
 from leftovers import loading_ops
@@ -184,18 +184,19 @@ class Loop:
         if chief and folder:
             folder.mkdir(parents=True, exist_ok=True)
         recorder = Recorder(folder, first) if chief and folder else None
+        clock = StepClock()
         with tqdm(total=arguments.train_iters, initial=first, disable=not chief, unit="step") as bar:
             for step in range(first + 1, arguments.train_iters + 1):
-                begin = time.perf_counter()
+                clock.start()
                 record: dict[str, Any] = {"step": step, "loss": self._step(step - 1)}
-                duration = time.perf_counter() - begin
+                spent = clock.spent()
                 if not math.isfinite(record["loss"]):
                     sys.exit(f"{self.task.name}: error: the loss is {record['loss']} at step {step}")
                 if step % arguments.eval_interval == 0 or step == arguments.train_iters:
                     record["val_loss"] = self._evaluate()
                 if recorder:
                     metrics = getattr(self.engine.basic_optimizer, "metrics", dict)
-                    recorder.write(record | metrics(), duration)
+                    recorder.write(record | metrics(), spent)
                 bar.set_postfix({name: f"{record[name]:.4f}" for name in ("loss", "val_loss") if name in record})
                 bar.update()
                 if folder and (step % arguments.save_interval == 0 or step == arguments.train_iters):

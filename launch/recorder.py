@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from clock import Spent
+
 METRICS = "metrics.jsonl"
 
 Record = dict[str, Any]
@@ -35,19 +37,23 @@ class Recorder:
         self._path = run / METRICS
         kept = [record for record in read_metrics(run) if record["step"] <= step] if self._path.exists() else []
         self._replace(kept)
-        self._seconds: float = kept[-1]["seconds"] if kept else 0.0
+        last = kept[-1] if kept else {}
+        self._seconds: float = last.get("seconds", 0.0)
+        self._processor_seconds: float = last.get("processor_seconds", 0.0)
 
     def _replace(self, records: list[Record]) -> None:
         scratch = self._path.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(record) + "\n" for record in records))
         os.replace(scratch, self._path)
 
-    def write(self, record: Record, duration: float) -> None:
+    def write(self, record: Record, spent: Spent) -> None:
         """Appends one step's record and the training time so far, in which evaluation and saving don't count.
 
         Args:
-            duration: what the step took, in seconds.
+            spent: what the step took.
         """
-        self._seconds += duration
+        self._seconds += spent.wall
+        self._processor_seconds += spent.processor
+        times = {"seconds": round(self._seconds, 4), "processor_seconds": round(self._processor_seconds, 4)}
         with self._path.open("a") as file:
-            file.write(json.dumps({**record, "seconds": round(self._seconds, 4)}) + "\n")
+            file.write(json.dumps({**record, **times}) + "\n")

@@ -36,7 +36,7 @@ def to_markdown(outcome: Outcome) -> str:
 def draw(outcome: Outcome, path: Path) -> None:
     """The validation metric on the baseline's schedule, over steps and seconds: medians, and every seed faintly."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
-    for ax, key, label in zip(axes, ("step", "seconds"), ("step", "seconds of training on one core"), strict=True):
+    for ax, key, label in zip(axes, ("step", "seconds"), ("step", "processor seconds of training"), strict=True):
         for number, contender in enumerate(outcome.study.contenders):
             curves = [curve(run) for run in outcome.of(contender)]
             shortest = min(len(each[key]) for each in curves)  # a seed that diverged ends early

@@ -247,7 +247,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, script: str) -> Callable[[], int]:
 
 
 WRITES = """echo '{"metric": {"key": "val_loss", "label": "loss", "better": "lower"}}' > config.json
-echo '{"step": 1, "val_loss": 2.0, "seconds": 1.0}' > metrics.jsonl
+echo '{"step": 1, "val_loss": 2.0, "seconds": 9.0, "processor_seconds": 1.0}' > metrics.jsonl
 """
 
 
@@ -259,7 +259,7 @@ def test_a_job_that_is_done_is_read_and_keeps_the_name_of_its_code(
     for code, said in (("one", "on core 0"), ("one", ""), ("two", "was run by another state of the code: one")):
         monkeypatch.setattr(jobs, "present_commit", lambda code=code: code)
         found = jobs.run_job(job, tmp_path, frozenset({0}))
-        assert (found.final, found.commit, found.diverged) == (2.0, "one", None)
+        assert (found.final, found.seconds, found.commit, found.diverged) == (2.0, 1.0, "one", None)
         printed = capsys.readouterr().out
         assert said in printed
         assert bool(said) == bool(printed)

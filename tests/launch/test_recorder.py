@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from clock import Spent, StepClock
 from recorder import Recorder, read_metrics
 from run_folder import RunError, RunFolder
 
@@ -13,18 +16,35 @@ from run_folder import RunError, RunFolder
 def test_a_resume_drops_what_it_will_repeat_and_goes_on_counting_seconds(tmp_path: Path) -> None:
     first = Recorder(tmp_path, 0)
     for step in range(1, 6):
-        first.write({"step": step}, duration=2.0)
-    Recorder(tmp_path, 3).write({"step": 4}, duration=5.0)
-    assert [(record["step"], record["seconds"]) for record in read_metrics(tmp_path)] == [
-        (1, 2.0),
-        (2, 4.0),
-        (3, 6.0),
-        (4, 11.0),
-    ]
+        first.write({"step": step}, Spent(wall=2.0, processor=3.0))
+    Recorder(tmp_path, 3).write({"step": 4}, Spent(wall=5.0, processor=4.0))
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["seconds"] for record in records] == [2.0, 4.0, 6.0, 11.0]
+    assert [record["processor_seconds"] for record in records] == [3.0, 6.0, 9.0, 13.0]
+
+
+def test_the_clock_leaves_out_what_its_thread_does_between_steps_but_no_other_thread_s_work() -> None:
+    def work(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    clock = StepClock()
+    work(0.3)
+    clock.start()
+    work(0.1)
+    assert 0.1 <= clock.spent().processor < 0.3
+    other = Thread(target=work, args=(0.3,))
+    other.start()
+    work(0.3)
+    other.join()
+    clock.start()
+    assert 0.3 <= clock.spent().processor < 0.6
 
 
 def test_a_new_start_drops_everything(tmp_path: Path) -> None:
-    Recorder(tmp_path, 0).write({"step": 1}, duration=1.0)
+    Recorder(tmp_path, 0).write({"step": 1}, Spent(wall=1.0, processor=1.0))
     Recorder(tmp_path, 0)
     assert read_metrics(tmp_path) == []
 
