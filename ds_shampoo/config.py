@@ -147,7 +147,7 @@ class _Common(BaseModel):
     momentum_warmup_steps: Annotated[int, Field(ge=0, le=100_000)] = 0
     momentum_warmup_start: Beta = 0.85
     grafting: Grafting = "adam"
-    preconditioner: Annotated[str, AfterValidator(_known_preconditioner)] = "shampoo"
+    preconditioner: Annotated[str, AfterValidator(_known_preconditioner)] = "polar"
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
     # Of the elements of a block's largest factor to the block's.

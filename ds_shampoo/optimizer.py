@@ -63,8 +63,8 @@ class Shampoo(StatefulOptimizer):
             `betas[0]`, where it is below it.
         grafting: whose step length each block takes: none, sgd, adagrad, rmsprop, adam, or one of the last four
             with "_normalized".
-        preconditioner: "shampoo"; "spectral": spectral descent in the coordinates that the statistics give; or "polar":
-            the whitened momentum with its outliers cut off.
+        preconditioner: "polar", the whitened momentum with its outliers cut off; "shampoo", the paper's own; or
+            "spectral": spectral descent in the coordinates that the statistics give.
         direction_rms: every preconditioned block's direction gets this root mean square per element, or with "grafting"
             the norm of its grafting step; None for the preconditioner's own.
         block_size: dimensions are cut at multiples of this.
@@ -139,7 +139,7 @@ class Shampoo(StatefulOptimizer):
         momentum_warmup_steps: int = 0,
         momentum_warmup_start: float = 0.85,
         grafting: Grafting = "adam",
-        preconditioner: str = "shampoo",
+        preconditioner: str = "polar",
         direction_rms: float | Literal["grafting"] | None = None,
         block_size: int = 1024,
         max_preconditioner_dim: int | None = None,

@@ -327,7 +327,7 @@ def test_a_setting_that_a_checkpoint_changes_is_said(caplog: pytest.LogCaptureFi
 def test_what_is_loaded_is_what_is_stepped(built: bool) -> None:
     """The saved settings come back, those that blocks are built by too, whatever was done before."""
     params = [parameter(7, 6)]
-    optimizer = Shampoo(params, **SETTINGS)
+    optimizer = Shampoo(params, **SETTINGS, preconditioner="shampoo")
     run(optimizer, params, range(5))
     resumed = copies(params)
     other = Shampoo(resumed, **SETTINGS, preconditioner="spectral", root_dtype="bfloat16")

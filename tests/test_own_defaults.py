@@ -46,8 +46,11 @@ def test_the_name_alone_brings_them(name: str, way: str) -> None:
     assert torch.equal(params, written)
 
 
-def test_shampoos_are_those_of_always() -> None:
+def test_polar_is_what_one_gets_and_the_paper_s_own_is_a_word_away() -> None:
     found = Shampoo([weight()]).param_groups[0]
+    assert found["preconditioner"] == parse({}).preconditioner == "polar"
+    assert (found["betas"], found["statistics_of"], found["root_interval"]) == ((0.9, 0.95), "differences", 3)
+    found = Shampoo([weight()], preconditioner="shampoo").param_groups[0]
     assert (found["betas"], found["statistics_beta"], found["root_interval"]) == ((0.95, 0.95), 0.5, 10)
     assert (found["direction_rms"], found["matmul_precision"]) == ("grafting", "highest")
 
@@ -61,7 +64,7 @@ def test_the_group_goes_before_the_optimizer_and_that_before_the_preconditioner(
     found = Shampoo(groups, statistics_beta=0.7, root_interval=20, direction_rms=None).param_groups
     assert [group["root_interval"] for group in found] == [3, 20, 20]
     assert [group["statistics_beta"] for group in found] == [0.7] * 3
-    assert [group["direction_rms"] for group in found] == [0.2, "grafting", "grafting"]
+    assert [group["direction_rms"] for group in found] == [0.2, "grafting", 0.2]
 
 
 def test_a_late_group_too() -> None:

@@ -62,9 +62,10 @@ def total(table: str) -> str:
 @pytest.mark.parametrize(
     ("settings", "taken"),
     [
-        ({}, "4.0 KiB"),
-        (BOTH_SIDES, "14.1 MiB"),
-        ({**BOTH_SIDES, "max_factor_ratio": None}, "50.0 MiB"),
+        ({"preconditioner": "shampoo"}, "4.0 KiB"),
+        ({"preconditioner": "shampoo", **BOTH_SIDES}, "14.1 MiB"),
+        ({"preconditioner": "shampoo", **BOTH_SIDES, "max_factor_ratio": None}, "50.0 MiB"),
+        ({}, "516.0 KiB"),  # and a gradient of 2 x 16 x 4096
     ],
 )
 def test_bytes_of_a_pair_of_rank_16_at_4096(settings: dict[str, Any], taken: str) -> None:
@@ -184,7 +185,9 @@ def test_it_costs_under_a_tenth_against_both_sides() -> None:
                 if name == "adamw":
                     return torch.optim.AdamW(trained, lr, weight_decay=0.0)
                 settings = BOTH_SIDES if name == "both" else {}
-                return Shampoo(trained, lr, model=model, root_overlap=False, **settings)  # type: ignore[arg-type]
+                return Shampoo(  # type: ignore[arg-type]
+                    trained, lr, model=model, preconditioner="shampoo", root_overlap=False, **settings
+                )  # type: ignore[arg-type]
 
             best[name].append(min(error(lambda p, m, lr=lr: make(p, m, lr), seed) for lr in rates))  # type: ignore[misc]
     mean = {name: math.exp(sum(map(math.log, found)) / len(found)) for name, found in best.items()}

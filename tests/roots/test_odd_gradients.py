@@ -25,7 +25,10 @@ def regression(huge: float | None, steps: int, **changed: Any) -> tuple[Shampoo,
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.zeros(12, 10))
     target = torch.randn(12, 10, generator=generator)
-    settings: dict[str, Any] = {"lr": 0.02, "root_interval": 5, "root_delay": 2, "root_threads": 1, "momentum": "after"}
+    settings: dict[str, Any] = {
+        "lr": 0.02, "preconditioner": "shampoo", "root_interval": 5, "root_delay": 2, "root_threads": 1,
+        "momentum": "after",
+    }  # fmt: skip
     optimizer, losses = Shampoo([weight], **{**settings, **changed}), []
     for step in range(steps):
         inputs = torch.randn(32, 10, generator=generator)

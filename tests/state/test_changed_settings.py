@@ -13,7 +13,7 @@ from torch import nn
 from ds_shampoo import SettingsError, Shampoo
 from ds_shampoo.state import resuming
 
-SETTINGS: dict[str, Any] = {"lr": 0.01, "block_size": 4, "root_interval": 3}
+SETTINGS: dict[str, Any] = {"lr": 0.01, "preconditioner": "shampoo", "block_size": 4, "root_interval": 3}
 
 
 def a_step(param: nn.Parameter, optimizer: Shampoo, step: int) -> None:

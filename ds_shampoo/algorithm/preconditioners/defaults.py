@@ -40,7 +40,7 @@ def filled(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     A preconditioner that nobody knows is left to whoever checks the settings.
     """
-    name = settings.get("preconditioner", "shampoo")
+    name = settings.get("preconditioner", "polar")
     own = DEFAULTS.get(name, _SHAMPOOS) if isinstance(name, str) else _SHAMPOOS
     return {**settings, **{key: value for key, value in own.items() if settings.get(key) is None}}
 
