@@ -389,7 +389,7 @@ def test_a_group_is_added_after_loading() -> None:
         ({"matmul_precision": "tf32"}, r"'matmul_precision' = 'tf32': Input should be 'highest', 'high' or 'medium'"),
         ({"exchange_dtype": "int8"}, r"'exchange_dtype' = 'int8'"),
         ({"root_delay": 0}, r"'root_delay' = 0: with root_overlap a root is put in force 1 to root_interval steps"),
-        ({"root_delay": 11}, r"'root_delay' = 11: must be at most root_interval, which is 10"),
+        ({"root_delay": 11}, r"'root_delay' = 11: must be at most root_interval, which is 3"),
         ({"root_threads": 0}, r"'root_threads' = 0: Input should be greater than or equal to 1"),
         ({"root_cores": "2-"}, r"'root_cores' = '2-': must be \"auto\", a list of core numbers, or a string like"),
         ({"root_cores": [1, 1]}, r"'root_cores' = \[1, 1\]: must not name a core twice"),

@@ -17,7 +17,7 @@ def statistics_flops(block: Block) -> float:
     return sum(2.0 * block.numel * dim for dim in block.factor_dims)
 
 
-def direction_flops(block: Block, preconditioner: str = "shampoo") -> float:
+def direction_flops(block: Block, preconditioner: str) -> float:
     """One multiplication by every inverse root, and with "polar" cubic steps, each a Gram matrix and its product.
 
     "spectral" has quintic steps, with the Gram matrix's square besides, and a second multiplication after them.
@@ -37,7 +37,7 @@ def root_flops(block: Block) -> float:
     return sum(ROOT_FLOPS_PER_CUBE * dim**3 for dim in block.factor_dims)
 
 
-def step_flops(block: Block, statistics_interval: int, root_interval: int, preconditioner: str = "shampoo") -> float:
+def step_flops(block: Block, statistics_interval: int, root_interval: int, preconditioner: str) -> float:
     """The mean work of one step, which is what ownership balances."""
     direction = direction_flops(block, preconditioner)
     return statistics_flops(block) / statistics_interval + direction + root_flops(block) / root_interval

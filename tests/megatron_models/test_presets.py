@@ -142,7 +142,8 @@ def owned(model: Any, settings: Any, ranks: int, mpu: Any) -> dict[str, float]:
         at = end
     group = GroupSettings(**{key: getattr(settings, key) for key in GroupSettings.model_fields})
     table = block_table(parameters, Partition(fragments, 0, ranks), group, [0.0] * ranks)
-    costs = [cost.step_flops(block, group.statistics_interval, group.root_interval) for block in table.blocks]
+    intervals = group.statistics_interval, group.root_interval
+    costs = [cost.step_flops(block, *intervals, group.preconditioner) for block in table.blocks]
     loads = [0.0] * ranks
     for owner, each in zip(table.owners, costs, strict=True):
         loads[owner] += each

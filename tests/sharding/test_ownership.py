@@ -26,7 +26,7 @@ def model_blocks(name: str, block_size: int) -> tuple[list[float], list[int]]:
         blocked = cut(f"layers.{layer}.{index}", shape, block_size=block_size)
         assert blocked is not None
         for block in blocked.blocks:
-            costs.append(step_flops(block, 1, 10))
+            costs.append(step_flops(block, 1, 10, "shampoo"))
             starts.append(offset + block.starts[0] * shape[1] + block.starts[1])
         offset += shape[0] * shape[1]
     return costs, starts
