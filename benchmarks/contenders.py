@@ -115,7 +115,7 @@ def _muon(model: nn.Module, lr: float) -> Sequence[Optimizer]:
     return [muon, torch.optim.AdamW(_all_but(model, matrices), lr=lr, weight_decay=WEIGHT_DECAY)]
 
 
-def _shampoo(model: nn.Module, lr: float, **settings: object) -> Sequence[Optimizer]:
+def _shampoo(model: nn.Module, lr: float, preconditioner: str = "shampoo", **settings: object) -> Sequence[Optimizer]:
     from ds_shampoo import Shampoo
 
     return [
@@ -125,6 +125,7 @@ def _shampoo(model: nn.Module, lr: float, **settings: object) -> Sequence[Optimi
             model=model,
             weight_decay=WEIGHT_DECAY,
             block_size=BLOCK_SIZE,
+            preconditioner=preconditioner,
             root_interval=ROOT_INTERVAL,
             **settings,
         )
@@ -140,11 +141,19 @@ def _shampoo_medium(model: nn.Module, lr: float) -> Sequence[Optimizer]:
 
 
 def _spectral(model: nn.Module, lr: float, **settings: object) -> Sequence[Optimizer]:
-    return _shampoo(model, lr, preconditioner="spectral", direction_rms=0.2, statistics_beta=0.95, **settings)
+    return _shampoo(model, lr, "spectral", **settings)
 
 
 def _spectral_medium(model: nn.Module, lr: float) -> Sequence[Optimizer]:
     return _spectral(model, lr, matmul_precision="medium")
+
+
+def _polar(model: nn.Module, lr: float, **settings: object) -> Sequence[Optimizer]:
+    return _shampoo(model, lr, "polar", **settings)
+
+
+def _polar_medium(model: nn.Module, lr: float) -> Sequence[Optimizer]:
+    return _polar(model, lr, matmul_precision="medium")
 
 
 def _scalable_shampoo(model: nn.Module, lr: float) -> Sequence[Optimizer]:
@@ -183,6 +192,9 @@ SHAMPOO_MEDIUM = Contender("ds-shampoo-medium", 4e-3, _shampoo_medium, module="d
 SPECTRAL = Contender("ds-shampoo-spectral", 8e-3, _spectral, module="ds_shampoo")
 # The iterations in bfloat16, as those of torch's Muon.
 SPECTRAL_MEDIUM = Contender("ds-shampoo-spectral-medium", 8e-3, _spectral_medium, module="ds_shampoo")
+# What the package does where nobody says otherwise: three cubic steps.
+POLAR = Contender("ds-shampoo-polar", 8e-3, _polar, module="ds_shampoo")
+POLAR_MEDIUM = Contender("ds-shampoo-polar-medium", 8e-3, _polar_medium, module="ds_shampoo")
 # Roots in the step: those of a tenth of the blocks in every one.
 SHAMPOO_INLINE = Contender("ds-shampoo-inline", 4e-3, _shampoo_inline, 1, 1, "ds_shampoo")
 SCALABLE_SHAMPOO = Contender(
@@ -201,5 +213,7 @@ CONTENDERS = (
     SHAMPOO_MEDIUM,
     SPECTRAL,
     SPECTRAL_MEDIUM,
+    POLAR,
+    POLAR_MEDIUM,
     SHAMPOO_INLINE,
 )

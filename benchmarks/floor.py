@@ -66,7 +66,7 @@ def step_floor(blocks: Iterable[Block], numel: int, gemm_flops_per_second: float
     in_blocks = sum(block.numel for block in blocks)
     return Floor(
         blocks=len(blocks),
-        flops=sum(statistics_flops(block) + direction_flops(block) for block in blocks),
+        flops=sum(statistics_flops(block) + direction_flops(block, "shampoo") for block in blocks),
         bytes=float(FP32_BYTES * (ELEMENTWISE_ACCESSES * numel + BLOCK_ACCESSES * in_blocks)),
         gemm_flops_per_second=gemm_flops_per_second,
         bytes_per_second=bytes_per_second,

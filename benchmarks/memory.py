@@ -109,7 +109,7 @@ def bytes_of_a_rank(settings: dict[str, Any], stage: int) -> RankResult:
 
     torch.manual_seed(0)
     own = {key: settings[key] for key in ("block_size", "root_dtype")}
-    params = {**own, "root_interval": ROOT_INTERVAL, "root_threads": 1}
+    params = {**own, "preconditioner": "shampoo", "root_interval": ROOT_INTERVAL, "root_threads": 1}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},

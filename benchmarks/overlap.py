@@ -78,6 +78,7 @@ class Lane:
                 self.model.parameters(),
                 lr=2e-3,
                 model=self.model,
+                preconditioner="shampoo",
                 block_size=BLOCK_SIZE,
                 root_interval=ROOT_INTERVAL,
                 root_overlap=overlap,

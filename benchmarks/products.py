@@ -72,8 +72,9 @@ def products_of(work: Callable[[], object]) -> Products:
     return Products(len(counter.flops), sum(counter.flops))
 
 
-def step_of_shampoo(shape: tuple[int, int], **settings: Any) -> tuple[Products, float]:
+def step_of_shampoo(shape: tuple[int, int], *, preconditioner: str, **settings: Any) -> tuple[Products, float]:
     """A step on one matrix that is one block, and the flops that the cost model has for it."""
+    settings["preconditioner"] = preconditioner
     param = nn.Parameter(torch.zeros(shape))
     optimizer = Shampoo([("weight", param)], block_size=max(shape), root_interval=100, root_threads=1, **settings)
 
@@ -86,7 +87,7 @@ def step_of_shampoo(shape: tuple[int, int], **settings: Any) -> tuple[Products, 
     (block,) = optimizer.turns
     counted = products_of(step)
     assert optimizer.metrics()["preconditioned_blocks"] == 1
-    return counted, model_flops(block, settings.get("preconditioner", "shampoo"))
+    return counted, model_flops(block, preconditioner)
 
 
 def model_flops(block: Block, preconditioner: str) -> float:

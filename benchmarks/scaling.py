@@ -104,7 +104,8 @@ def steps_of_a_rank(settings: dict[str, Any]) -> RankResult:
     import ds_shampoo
 
     torch.manual_seed(0)
-    params = {"lr": 1e-4, "block_size": settings["block_size"], "root_interval": ROOT_INTERVAL, "root_threads": 1}
+    own = {"preconditioner": "shampoo", "block_size": settings["block_size"]}
+    params = {"lr": 1e-4, **own, "root_interval": ROOT_INTERVAL, "root_threads": 1}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": settings["stage"]},
@@ -190,7 +191,7 @@ def phases_table(rows: Sequence[Row]) -> str:
 
 
 def _flops(block: Block) -> float:
-    return statistics_flops(block) + direction_flops(block)
+    return statistics_flops(block) + direction_flops(block, "shampoo")
 
 
 def _timed(optimizer: Any) -> list[float]:

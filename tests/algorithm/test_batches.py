@@ -140,6 +140,8 @@ def test_the_table_s_bytes_are_those_that_are_kept(dtype: str) -> None:
     params = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in named.items()]
     optimizer = Shampoo(params, block_size=64, max_factor_ratio=4.0, root_dtype=dtype)
     for group in (subgroup.sharded for subgroup in optimizer.subgroups()):
-        kept = sum(tensor.nbytes for stack in group.stacks for tensor in (*stack.factors, *stack.roots, *stack.previous))
+        kept = sum(
+            tensor.nbytes for stack in group.stacks for tensor in (*stack.factors, *stack.roots, *stack.previous)
+        )
         assert kept == sum(group.table.state_bytes) > 0
         assert all(max(block.factor_dims) ** 2 <= 4 * block.numel for block in group.table.blocks)
