@@ -19,8 +19,8 @@ from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
-# Shampoo's peak rate in parts of AdamW's, for every preset. With steps of root mean square 0.2, Muon's jobs of such sizes
-# take AdamW's own (Liu et al., arXiv 2502.16982); on the small models of docs/directions.md the best is 5 times it.
+# Shampoo's peak rate in parts of AdamW's, for every preset. With steps of root mean square 0.2, Muon's jobs of such
+# sizes take AdamW's own (Liu et al., arXiv 2502.16982); on the small models of docs/directions.md 5 times it is best.
 RATE_OVER_ADAMW = 2.0
 
 LLAMA = (
