@@ -37,6 +37,31 @@ def inverse_root(factors: Tensor, exponent: float, ridge: float) -> Tensor:
     return ((vectors * values.pow(-exponent).unsqueeze(1)) @ vectors.mT).float()
 
 
+def eigenbasis(factors: Tensor) -> Tensor:
+    """The eigenvectors of every symmetric [n, d, d], as columns."""
+    return torch.linalg.eigh(factors.double())[1].float()
+
+
+def corrected_root(factors: Tensor, basis: Tensor, exponent: float, ridge: float, kind: str) -> Tensor:
+    """About A^-exponent of every [n, d, d] in an older eigenbasis.
+
+    "values" has the diagonal of A there for eigenvalues; "first_order" has what the rest changes too, as far as divided
+    differences say.
+    """
+    rotated = basis.mT @ factors @ basis
+    values = rotated.diagonal(dim1=1, dim2=2).clamp_min(0)
+    values = values + ridge * values.amax(1, keepdim=True).clamp_min(1e-30)
+    powers = values.pow(-exponent)
+    if kind == "values":
+        return (basis * powers.unsqueeze(1)) @ basis.mT
+    gaps, rises = values.unsqueeze(2) - values.unsqueeze(1), powers.unsqueeze(2) - powers.unsqueeze(1)
+    near = gaps.abs() <= 1e-4 * values.unsqueeze(2)
+    slopes = torch.where(near, -exponent * powers.unsqueeze(2) / values.unsqueeze(2), rises / gaps)
+    change = rotated * slopes
+    change.diagonal(dim1=1, dim2=2).copy_(powers)
+    return basis @ change @ basis.mT
+
+
 def cosine(step: int, steps: int, warmup: int, floor: float) -> float:
     """The rate at a step that counts from 0, in parts of its peak."""
     if step < warmup:

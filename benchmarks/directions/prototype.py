@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.directions.formulas import inverse_root, polar
+from benchmarks.directions.formulas import corrected_root, eigenbasis, inverse_root, polar
 from benchmarks.workload import hidden_matrices
 from ds_shampoo import Shampoo
 from ds_shampoo.algorithm.momentum import MomentumSchedule
@@ -94,7 +94,7 @@ class Packaged:
             preconditioner=trial.direction.partition(":")[2],
             momentum_warmup_steps=trial.momentum_warmup,
             momentum_warmup_start=MOMENTUM_START,
-            direction_rms=trial.rms,
+            direction_rms=trial.rms if trial.rms > 0 else "grafting",
             weight_decay=trial.weight_decay,
             betas=(trial.momentum, trial.beta2),
             eps=trial.eps,
@@ -272,7 +272,10 @@ class Stack:
         late = min(t.delay, (step + 1) // 4)
         if step == 0 or (step + 1) % t.interval == 0 or (t.early and step + 1 in EARLY):
             other = t.exponent if t.exponent_right < 0 else t.exponent_right
-            made = inverse_root(self.left, t.exponent, t.ridge), inverse_root(self.right, other, t.ridge)
+            if t.live:
+                made = eigenbasis(self.left), eigenbasis(self.right)
+            else:
+                made = inverse_root(self.left, t.exponent, t.ridge), inverse_root(self.right, other, t.ridge)
             self.pending.append((step + late, made))
         while self.pending and self.pending[0][0] <= step:
             self.roots = self.pending.pop(0)[1]
@@ -283,6 +286,10 @@ class Stack:
             return polar(x, "quintic", 5, 0.0)
         assert self.roots is not None
         left, right = self.roots
+        if t.live:
+            other = t.exponent if t.exponent_right < 0 else t.exponent_right
+            left = corrected_root(self.left, left, t.exponent, t.ridge, t.live)
+            right = corrected_root(self.right, right, other, t.ridge, t.live)
         whitened = left @ x @ right
         if t.direction == "shampoo":
             return whitened

@@ -44,6 +44,7 @@ class Trial:
     # What moves the matrices.
     direction: str = "muon"
     lr: float = 1e-2
+    # Of a step's elements; of the package's direction -1 takes the grafting step's.
     rms: float = 0.2
     momentum: float = 0.95
     momentum_warmup: int = 0
@@ -67,6 +68,8 @@ class Trial:
     interval: int = 10
     delay: int = 5
     early: bool = True
+    # What is made of the newest statistics in each step in the eigenbases at hand: "", "values" or "first_order".
+    live: str = ""
     method: str = "cubic"
     count: int = 3
     floor: float = 0.05
