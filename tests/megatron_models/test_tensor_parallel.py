@@ -73,7 +73,7 @@ def test_settings_by_role(pools: Pools, kind: str, world_size: int, stage: int) 
 @pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 2), (4, 3)])
 def test_more_ranks_than_query_groups(pools: Pools, world_size: int, stage: int) -> None:
     """One group of keys and values for all heads, so that the slices' border falls among its queries."""
-    shared = {"num_query_groups": 1, "settings": {"block_size": 8}}
+    shared = {"num_query_groups": 1, "settings": {"preconditioner": "shampoo", "block_size": 8}}
     check(run(pools, world_size, 2, stage, **shared), reference(pools, {}, **shared))
 
 
