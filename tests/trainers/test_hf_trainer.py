@@ -31,7 +31,7 @@ def test_it_trains_and_resumes(pools: Pools, tmp_path: Path, library: str, stage
         assert one.held_out[1] < one.held_out[0]
         assert np.array_equal(one.end, one.weights[SAVE_AT])
         assert one.layout == {2: "FlatLayout", 3: "SubGroupLayout"}[stage]
-        assert (one.groups[0]["betas"], one.groups[0]["weight_decay"]) == ((0.95, 0.95), 0.02)
+        assert (one.groups[0]["betas"], one.groups[0]["weight_decay"]) == ((0.9, 0.95), 0.02)
 
 
 ONE_STEP = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
