@@ -341,6 +341,22 @@ def test_what_is_loaded_is_what_is_stepped(built: bool) -> None:
     assert equal(params, resumed)
 
 
+def test_a_checkpoint_of_an_earlier_release_is_what_that_release_did() -> None:
+    """It has no word for what it could not do otherwise: Shampoo's direction, as long as the grafting step, of gradients."""
+    params = [parameter(7, 6)]
+    optimizer = Shampoo(params, **SETTINGS, preconditioner="shampoo")
+    run(optimizer, params, range(5))
+    saved = optimizer.state_dict()
+    for key in ("preconditioner", "direction_rms", "statistics_of"):
+        del saved["param_groups"][0][key]
+    resumed = copies(params)
+    other = Shampoo(resumed, **SETTINGS)
+    other.load_state_dict(saved)
+    run(optimizer, params, range(5, 11))
+    run(other, resumed, range(5, 11))
+    assert equal(params, resumed)
+
+
 def test_the_signature_has_the_models_defaults() -> None:
     signature = inspect.signature(Shampoo.__init__).parameters
     for key, field in ShampooConfig.model_fields.items():

@@ -40,8 +40,11 @@ def scheduled(group: Mapping[str, Any], constructed: Mapping[str, Any]) -> dict[
 
 
 def _of_today(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved param group; earlier releases had None, or no such key, for directions as long as the grafting steps."""
-    found = dict(group)
+    """A saved param group; earlier releases had no word for what was the same for all.
+
+    That is Shampoo's direction, statistics of gradients, and, as None too, directions as long as the grafting steps.
+    """
+    found = {"preconditioner": "shampoo", "statistics_of": "gradients", **group}
     if found.get("direction_rms") is None:
         found["direction_rms"] = GRAFTING
     return found
