@@ -72,11 +72,12 @@ def products_of(work: Callable[[], object]) -> Products:
     return Products(len(counter.flops), sum(counter.flops))
 
 
-def step_of_shampoo(shape: tuple[int, int], *, preconditioner: str, **settings: Any) -> tuple[Products, float]:
+def step_of_shampoo(shape: tuple[int, int], preconditioner: str) -> tuple[Products, float]:
     """A step on one matrix that is one block, and the flops that the cost model has for it."""
-    settings["preconditioner"] = preconditioner
     param = nn.Parameter(torch.zeros(shape))
-    optimizer = Shampoo([("weight", param)], block_size=max(shape), root_interval=100, root_threads=1, **settings)
+    optimizer = Shampoo(
+        [("weight", param)], preconditioner=preconditioner, block_size=max(shape), root_interval=100, root_threads=1
+    )
 
     def step() -> None:
         param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -120,7 +121,7 @@ def rows(side: int) -> list[list[str]]:
     shape = (side, side)
     found: list[tuple[str, Products, float | None]] = []
     for name in PRECONDITIONERS:
-        counted, model = step_of_shampoo(shape, preconditioner=name)
+        counted, model = step_of_shampoo(shape, name)
         found.append((f'Shampoo, "{name}"', counted, model / (2 * side**3)))
     found.append(("Muon, torch", step_of_muon(shape), None))
     for method in ("standard", "gram"):

@@ -21,7 +21,7 @@ from pydantic import (
 
 from ds_shampoo.algorithm.precision import MatmulPrecision
 from ds_shampoo.algorithm.preconditioners import PRECONDITIONERS
-from ds_shampoo.algorithm.preconditioners.defaults import LEFT_OPEN, filled
+from ds_shampoo.algorithm.preconditioners.defaults import LEFT_OPEN, USUAL, filled
 from ds_shampoo.auxiliary import (
     AUXILIARY_ROLES,
     ROLE_SYNONYMS,
@@ -147,7 +147,7 @@ class _Common(BaseModel):
     momentum_warmup_steps: Annotated[int, Field(ge=0, le=100_000)] = 0
     momentum_warmup_start: Beta = 0.85
     grafting: Grafting = "adam"
-    preconditioner: Annotated[str, AfterValidator(_known_preconditioner)] = "polar"
+    preconditioner: Annotated[str, AfterValidator(_known_preconditioner)] = USUAL
     block_size: PositiveInt = 1024
     max_preconditioner_dim: PositiveInt | None = None
     # Of the elements of a block's largest factor to the block's.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.precision import MatmulPrecision
-from ds_shampoo.algorithm.preconditioners.defaults import LEFT_OPEN
+from ds_shampoo.algorithm.preconditioners.defaults import LEFT_OPEN, USUAL
 from ds_shampoo.algorithm.selection import Role
 from ds_shampoo.config import (
     Dtype,
@@ -139,7 +139,7 @@ class Shampoo(StatefulOptimizer):
         momentum_warmup_steps: int = 0,
         momentum_warmup_start: float = 0.85,
         grafting: Grafting = "adam",
-        preconditioner: str = "polar",
+        preconditioner: str = USUAL,
         direction_rms: float | Literal["grafting"] | None = None,
         block_size: int = 1024,
         max_preconditioner_dim: int | None = None,

@@ -342,7 +342,7 @@ def test_what_is_loaded_is_what_is_stepped(built: bool) -> None:
 
 
 def test_a_checkpoint_of_an_earlier_release_is_what_that_release_did() -> None:
-    """It has no word for what it could not do otherwise: Shampoo's direction, as long as the grafting step, of gradients."""
+    """It had no word for what it did always: Shampoo's direction, as long as the grafting step, of gradients."""
     params = [parameter(7, 6)]
     optimizer = Shampoo(params, **SETTINGS, preconditioner="shampoo")
     run(optimizer, params, range(5))

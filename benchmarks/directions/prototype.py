@@ -152,6 +152,7 @@ class Stack:
         self.rows, self.columns = (rows, columns) if whole else (min(rows, trial.block), min(columns, trial.block))
         n = len(matrices) * rows * columns // self.rows // self.columns
         self.left, self.right = torch.zeros(n, self.rows, self.rows), torch.zeros(n, self.columns, self.columns)
+        self.exponents = trial.exponent, trial.exponent if trial.exponent_right < 0 else trial.exponent_right
         self.extra = torch.zeros_like(self.left), torch.zeros_like(self.right)
         self.roots: tuple[Tensor, Tensor] | None = None
         self.pending: list[tuple[int, tuple[Tensor, Tensor]]] = []
@@ -271,12 +272,11 @@ class Stack:
         self.right.lerp_(right, 1 - beta)
         late = min(t.delay, (step + 1) // 4)
         if step == 0 or (step + 1) % t.interval == 0 or (t.early and step + 1 in EARLY):
-            other = t.exponent if t.exponent_right < 0 else t.exponent_right
-            if t.live:
-                made = eigenbasis(self.left), eigenbasis(self.right)
-            else:
-                made = inverse_root(self.left, t.exponent, t.ridge), inverse_root(self.right, other, t.ridge)
-            self.pending.append((step + late, made))
+            left, right = (
+                eigenbasis(factor) if t.live else inverse_root(factor, exponent, t.ridge)
+                for factor, exponent in zip((self.left, self.right), self.exponents, strict=True)
+            )
+            self.pending.append((step + late, (left, right)))
         while self.pending and self.pending[0][0] <= step:
             self.roots = self.pending.pop(0)[1]
 
@@ -287,9 +287,8 @@ class Stack:
         assert self.roots is not None
         left, right = self.roots
         if t.live:
-            other = t.exponent if t.exponent_right < 0 else t.exponent_right
-            left = corrected_root(self.left, left, t.exponent, t.ridge, t.live)
-            right = corrected_root(self.right, right, other, t.ridge, t.live)
+            left = corrected_root(self.left, left, self.exponents[0], t.ridge, t.live)
+            right = corrected_root(self.right, right, self.exponents[1], t.ridge, t.live)
         whitened = left @ x @ right
         if t.direction == "shampoo":
             return whitened

@@ -29,6 +29,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "polar": MappingProxyType(_POLARS),
     }
 )
+# The one that a job has where it names none.
+USUAL = "polar"
 # The settings that a preconditioner has defaults for.
 LEFT_OPEN = frozenset(_SHAMPOOS)
 # The most steps from a root's statistics to its use where `root_delay` is not set.
@@ -40,7 +42,7 @@ def filled(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     A preconditioner that nobody knows is left to whoever checks the settings.
     """
-    name = settings.get("preconditioner", "polar")
+    name = settings.get("preconditioner", USUAL)
     own = DEFAULTS.get(name, _SHAMPOOS) if isinstance(name, str) else _SHAMPOOS
     return {**settings, **{key: value for key, value in own.items() if settings.get(key) is None}}
 
