@@ -39,8 +39,12 @@ def carry_out(
     elif kept.machine != here:
         raise ValueError(f"{study.name}: its results come from {kept.machine}, this is {here}: seconds do not compare")
     prepare(study.corpus)
-    trials, chosen = tune(study, protocol, cores, contenders=kept.lacking, before=before or {})
+    lacking = [contender for contender in kept.lacking if contender.json_of is None]
+    trials, chosen = tune(study, protocol, cores, contenders=lacking, before=before or {})
     everyone = {**kept.chosen, **chosen}
+    for contender in kept.lacking:
+        if contender.json_of is not None:
+            everyone[contender.name] = contender.with_json_of(everyone[contender.json_of])
     runs = judge(study, protocol, cores, chosen=everyone, kept=kept.runs)
     return replace(kept, trials=[*kept.trials, *trials], runs=runs, chosen=everyone)
 

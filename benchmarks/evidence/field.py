@@ -41,14 +41,23 @@ _LAST = (SECOND_BETA, WARMUP, DECAY, EPS)
 MUON = Contender(
     "Muon",
     "TorchMuon",
-    {**_COMMON, **_ROLES, "lr": 8e-3, "momentum": 0.9, "momentum_warmup": 0.2},
+    {**_COMMON, **_ROLES, "lr": 16e-3, "momentum": 0.9, "momentum_warmup": 0.2},
     (RATE, MOMENTUM, *BY_ROLE, MOMENTUM_WARMUP, *_LAST),
 )
 
+# As jobs have it: one rate for all.
 ADAMW = Contender(
     "AdamW",
     "AdamWByRole",
     {**_COMMON, "lr": 2e-3, "embedding_lr_scale": 1.0, "head_lr_scale": 1.0, "vector_lr_scale": 1.0},
+    (RATE, FIRST_BETA, *_LAST),
+)
+
+# Matrices at the rate that is best for all, and for the others what is best beside Muon's.
+ADAMW_BY_ROLE = Contender(
+    "AdamW by role",
+    "AdamWByRole",
+    {**ADAMW.settings, "embedding_lr_scale": 16.0, "head_lr_scale": 2.0, "vector_lr_scale": 4.0},
     (RATE, FIRST_BETA, *BY_ROLE, *_LAST),
 )
 
@@ -87,6 +96,9 @@ POLAR = Contender(
     },
     (RATE, FIRST_BETA, *BY_ROLE, replace(MOMENTUM_WARMUP, key="momentum_warmup_steps"), *_LAST),
 )
+
+# Nothing tuned: an AdamW's JSON with another `type`.
+UNTUNED = Contender("Polar with AdamW's JSON", "Shampoo", {}, json_of=ADAMW.name)
 
 
 def at(contender: Contender, lr: float, **settings: Value) -> Contender:

@@ -26,12 +26,18 @@ class Contender:
         settings: of that section, by their keys; "betas.1" is an element of a list, "scheduler.KEY" a setting of the
             schedule. Those of `jobs.OF_SCHEDULE` are parts of the schedule's length.
         axes: which of them are tuned; the others stay.
+        json_of: another contender, tuned before: this one has its JSON with another `type`, and no trials.
     """
 
     name: str
     type: str
     settings: Settings
     axes: tuple[Axis, ...] = ()
+    json_of: str | None = None
+
+    def with_json_of(self, chosen: Settings) -> Settings:
+        """Its settings where the other's choice is this: all of them, but the roles' scales, which are no AdamW's."""
+        return {**{key: value for key, value in chosen.items() if not key.endswith("_lr_scale")}, **self.settings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +87,7 @@ class Study:
     small_steps: int
     contenders: tuple[Contender, ...]
     tuning: Tuning | None = None
-    horizons: tuple[float, ...] = (0.7, 0.8, 0.9, 1.2, 1.5)
+    horizons: tuple[float, ...] = (0.8, 0.9)
     evaluations: int = 40
     batch: int | None = None
     ranks: int = 1

@@ -10,22 +10,25 @@ from dataclasses import replace
 
 from benchmarks.evidence.field import (
     ADAMW,
+    ADAMW_BY_ROLE,
     FACEBOOK,
     MOMENTUM,
     MUON,
     POLAR,
     SHAMPOO,
     SOAP,
+    UNTUNED,
     WARMUP,
     at,
 )
 from benchmarks.evidence.protocol import Contender, Study, Tuning
 from benchmarks.evidence.search import Axis
 
-EVERYONE = (MUON, ADAMW, SOAP, FACEBOOK, SHAMPOO, POLAR)
-# Whom a task beside the first is run for, and a model beside its own.
-FOREMOST = (MUON, ADAMW, SHAMPOO, POLAR)
-FEWEST = (MUON, ADAMW, POLAR)
+# Whom every task is run for, and the first task besides.
+FOREMOST = (MUON, ADAMW, ADAMW_BY_ROLE, POLAR, UNTUNED)
+EVERYONE = (*FOREMOST, SHAMPOO, SOAP, FACEBOOK)
+# A model beside its task's own.
+FEWEST = (MUON, POLAR)
 
 _MODERN = ("--autocast", "--architecture", "modern", "--mlp", "gated", "--eval-windows", "256")
 
@@ -41,7 +44,7 @@ GPT_MODERN = Study(
     small_steps=20,
     evaluations=20,
     batch=64,
-    tuning=Tuning("python_docs", steps=60, budget=10),
+    tuning=Tuning("python_docs", steps=60, budget=6),
     contenders=EVERYONE,
 )
 
@@ -50,7 +53,7 @@ GPT_MODERN_BPE = replace(
     name="gpt_modern_bpe",
     title="Language model: the same GPT with BPE of 4,096 tokens, 5.5M parameters",
     arguments=(*_MODERN, "--vocabulary", "4096"),
-    tuning=Tuning("python_docs", steps=60, budget=4, after="gpt_modern"),
+    tuning=Tuning("python_docs", steps=60, budget=2, after="gpt_modern"),
     contenders=FEWEST,
 )
 
@@ -60,7 +63,7 @@ GPT_MODERN_12M = replace(
     title="Language model: the same GPT 512 wide, 13M parameters, bytes",
     arguments=(*_MODERN, "--vocabulary", "bytes", "--d-model", "512", "--heads", "8"),
     small_steps=8,
-    tuning=Tuning("python_docs", steps=60, budget=4, after="gpt_modern"),
+    tuning=Tuning("python_docs", steps=60, budget=2, after="gpt_modern"),
     contenders=FEWEST,
 )
 
@@ -76,7 +79,7 @@ BERT = Study(
     small_steps=20,
     evaluations=30,
     batch=128,
-    tuning=Tuning("gutenberg", steps=75, budget=8),
+    tuning=Tuning("gutenberg", steps=75, budget=6),
     contenders=FOREMOST,
 )
 
@@ -92,7 +95,7 @@ TRANSLATION = Study(
     small_steps=20,
     evaluations=24,
     batch=384,
-    tuning=Tuning("help_en_de_tuning", steps=60, budget=8),
+    tuning=Tuning("help_en_de_tuning", steps=60, budget=6),
     contenders=FOREMOST,
 )
 
@@ -106,8 +109,11 @@ CLICKS = Study(
     steps=300,
     small_steps=30,
     batch=2048,
-    tuning=Tuning("flights_tuning", steps=150, budget=8),
-    contenders=tuple(at(contender, 4e-3, embedding_lr_scale=1.0) for contender in FOREMOST),
+    tuning=Tuning("flights_tuning", steps=150, budget=6),
+    contenders=(
+        *(at(contender, 4e-3, embedding_lr_scale=1.0) for contender in FOREMOST if contender.axes),
+        UNTUNED,
+    ),
 )
 
 SGD = Contender(
@@ -134,8 +140,8 @@ IMAGES = Study(
     small_steps=20,
     evaluations=20,
     batch=1024,
-    tuning=Tuning("fashion_mnist_tuning", steps=75, budget=8),
-    contenders=(at(ADAMW, 32e-3), SGD, *(at(contender, 32e-3) for contender in (SHAMPOO, POLAR))),
+    tuning=Tuning("fashion_mnist_tuning", steps=75, budget=6),
+    contenders=(at(ADAMW, 32e-3), SGD, at(POLAR, 32e-3), UNTUNED),
 )
 
 

@@ -102,6 +102,20 @@ def test_settings_go_on_from_another_study_s_choice() -> None:
     assert outcome.chosen == {"Muon": {"lr": 2.0}, "Shampoo": {"lr": 8.0}}
 
 
+def test_a_contender_may_have_another_s_json() -> None:
+    untuned = replace(SECOND, name="As Muon", settings={"eps": 1.0}, axes=(), json_of="Muon")
+    first = replace(FIRST, settings={**FIRST.settings, "embedding_lr_scale": 4.0})
+    study = replace(STUDY, contenders=(first, SECOND, untuned))
+    machine = Machine({"Muon": 4.0, "Shampoo": 8.0, "As Muon": 1.0})
+    outcome = execution.carry_out(study, TWO_SEEDS, machine)
+    assert outcome.chosen["As Muon"] == {"lr": 4.0, "eps": 1.0}
+    assert not outcome.trials_of(untuned)
+    assert [run.job.settings for run in outcome.of(untuned)] == [{"lr": 4.0, "eps": 1.0}] * 2
+    kept = execution.carry_out(replace(study, contenders=(first, SECOND)), TWO_SEEDS, machine)
+    again = execution.carry_out(study, TWO_SEEDS, machine, kept=replace(kept, study=study))
+    assert again.chosen == outcome.chosen
+
+
 def test_a_study_goes_on_only_from_one_that_has_results(tmp_path: Path) -> None:
     study = replace(STUDY, tuning=Tuning("python_docs", 50, 1, after="before"))
     with pytest.raises(ValueError, match=r"made: its settings go on from those of before, of which .* is not there"):
@@ -315,14 +329,17 @@ def test_every_study_can_be_carried_out(study: Study) -> None:
         assert study.tuning.after is None or study.tuning.after in {other.name for other in STUDIES}
     names = set()
     for contender in study.contenders:
-        assert bool(contender.axes) == bool(study.tuning)
-        job = FULL.run(study, contender, contender.settings, seed=0)
+        assert bool(contender.axes) == bool(study.tuning and contender.json_of is None)
+        start = contender.settings
+        if contender.json_of is not None:
+            start = contender.with_json_of(study.contender(contender.json_of).settings)
+        job = FULL.run(study, contender, start, seed=0)
         config = effective_config(job)
         assert config["scheduler"]["params"]["warmup_num_steps"] < job.schedule / 2
         for axis in contender.axes:
-            axis.around(contender.settings[axis.key])
+            axis.around(start[axis.key])
             for value in axis.values:
-                settings = {**contender.settings, axis.key: value}
+                settings = {**start, axis.key: value}
                 refuse_bad_settings(effective_config(replace(job, settings=settings)))
         refuse_bad_settings(config)
         names.add(job.name)
@@ -342,7 +359,7 @@ def refuse_bad_settings(config: dict) -> None:  # type: ignore[type-arg]
 
 
 def test_warm_ups_are_parts_of_the_schedule_everywhere() -> None:
-    for contender in (contender for study in STUDIES for contender in study.contenders):
+    for contender in (each for study in STUDIES for each in study.contenders if each.json_of is None):
         assert "scheduler.warmup_num_steps" in contender.settings
         for key in OF_SCHEDULE & contender.settings.keys():
             assert 0 <= float(contender.settings[key]) < 1  # type: ignore[arg-type]
