@@ -103,6 +103,7 @@ class Packaged:
             statistics_beta=trial.statistics_beta,
             matrix_epsilon=trial.ridge,
             root_interval=trial.interval,
+            matmul_precision=trial.precision,
             root_threads=1,
             **roles,
             **undecayed,

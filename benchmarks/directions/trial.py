@@ -74,6 +74,8 @@ class Trial:
     count: int = 3
     floor: float = 0.05
     rows: bool = False
+    # The package's `matmul_precision`.
+    precision: str = "highest"
     # Norm control: matrices keep the norms they began with.
     hyperball: bool = False
 

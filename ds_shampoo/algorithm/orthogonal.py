@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ds_shampoo.algorithm.precision import in_force
 from ds_shampoo.algorithm.products import multiply, multiply_add
 
 # x <- A x + B x³ + C x⁵ takes every singular value from about 0.003 on into [0.68, 1.21] within five steps; the
@@ -47,13 +46,12 @@ _Iteration = Callable[[Tensor, Tensor], Tensor]
 def orthogonalize(stacked: Tensor, out: Tensor) -> None:
     """out <- about U Vᵀ for every matrix U S Vᵀ of a stack, by Newton-Schulz iteration.
 
-    Where `matmul_precision` is "medium" it iterates in bfloat16, as Muon does: twice as fast where a device multiplies
-    in that, and off by 1 to 3 per cent for usual spectra, by up to 15 where half of the singular values are a hundredth
-    of the others.
-
     Args:
-        stacked: [n, rows, columns] fp32, contiguous, overwritten; a zero matrix gives zero.
-        out: the same shape, contiguous, and not `stacked`.
+        stacked: [n, rows, columns], contiguous, overwritten; a zero matrix gives zero. Its dtype is that of the
+            iteration: fp32, or bfloat16 as Muon's, which is twice as fast where a device multiplies in that, and off
+            by 1 to 3 per cent for usual spectra, by up to 15 where half of the singular values are a hundredth of the
+            others.
+        out: the same shape, fp32, contiguous, and of other memory.
     """
     _each(stacked, out, _quintics)
 
@@ -62,33 +60,28 @@ def flatten_spectrum(stacked: Tensor, out: Tensor) -> None:
     """out <- U f(S) Vᵀ for every matrix U S Vᵀ of a stack, by few cubic steps: f is near one where S is large.
 
     S in parts of the Schatten-4 norm, (sum s⁴)^(1/4): from `CUBIC_FROM` on it comes between 0.77 and 1.23, and what is
-    smaller is 15 to 17 times as large as it was. Arguments and `matmul_precision` are as of `orthogonalize`.
+    smaller is 15 to 17 times as large as it was. Arguments are as of `orthogonalize`.
     """
     _each(stacked, out, _cubics)
 
 
 def _each(stacked: Tensor, out: Tensor, iterate: _Iteration) -> None:
-    dtype = torch.bfloat16 if in_force() == "medium" else torch.float32
     if stacked.device.type != "cpu":
-        _orthogonalize(stacked, out, dtype, iterate)
+        _orthogonalize(stacked, out, iterate)
         return
     for i in range(len(stacked)):  # one after another stays in the caches
-        _orthogonalize(stacked[i : i + 1], out[i : i + 1], dtype, iterate)
+        _orthogonalize(stacked[i : i + 1], out[i : i + 1], iterate)
 
 
-def _orthogonalize(x: Tensor, out: Tensor, dtype: torch.dtype, iterate: _Iteration) -> None:
+def _orthogonalize(x: Tensor, out: Tensor, iterate: _Iteration) -> None:
     count, rows, columns = x.shape
-    x.div_(torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_(min=1e-30).view(-1, 1, 1))
-    # Gram matrices are of the shorter side.
-    wide, shape = (x.mT, (count, columns, rows)) if rows > columns else (x, x.shape)
-    if dtype != x.dtype:
-        start, spare = (x.new_empty(shape, dtype=dtype) for _ in range(2))
-        start.copy_(wide)
-    elif rows > columns:
-        start, spare = out.view(shape), x.view(shape)
-        start.copy_(wide)
-    else:
-        start, spare = x, out
+    norms = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float32)
+    x.div_(norms.clamp_(min=1e-30).view(-1, 1, 1))
+    other = out if out.dtype == x.dtype else torch.empty_like(x)
+    start, spare = x, other
+    if rows > columns:  # Gram matrices are of the shorter side
+        start, spare = other.view(count, columns, rows), x.view(count, columns, rows)
+        start.copy_(x.mT)
     found = iterate(start, spare)
     if found is not out:
         out.copy_(found.mT if rows > columns else found)

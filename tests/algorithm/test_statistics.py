@@ -68,7 +68,7 @@ def test_block_state_of_other_shapes_is_refused() -> None:
 def test_roots_kept_in_bf16_are_widened_for_the_products(
     build: type[ShampooPreconditioner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shampoo, "_WIDENED_AT_ONCE", 2 * 48**2)  # two of the three blocks, then one
+    monkeypatch.setattr(shampoo, "_CONVERTED_AT_ONCE", 2 * 48**2)  # two of the three blocks, then one
     blocked = cut("w", (48, 3 * 48), block_size=48)
     assert blocked is not None
     generator = torch.Generator().manual_seed(0)

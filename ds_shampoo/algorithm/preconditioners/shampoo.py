@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.algorithm.precision import in_force
 from ds_shampoo.algorithm.products import multiply
 from ds_shampoo.algorithm.statistics import accumulate
 from ds_shampoo.algorithm.triangle import packed_numel
 
-# Roots of another dtype than fp32 are widened for the products, so many elements at a time: 16 MiB.
-_WIDENED_AT_ONCE = 2**22
+# Roots of another dtype than the products' are converted for them, so many elements at a time: 16 MiB in fp32.
+_CONVERTED_AT_ONCE = 2**22
 
 
 class ShampooPreconditioner:
@@ -93,10 +94,10 @@ class ShampooPreconditioner:
             kept.copy_(grads)
 
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
-        """Multiplies every preconditioned dimension by its inverse root; for a matrix X_L V X_R."""
+        """Multiplies every preconditioned dimension by its inverse root, in the vectors' dtype; for a matrix X_L V X_R."""
         for root, dim in zip(self.roots, self.blocks[0].preconditioned, strict=True):
-            for slots in _widened_together(root):
-                mode_product(root[slots].float(), vectors[slots], dim, scratch[slots])
+            for slots in _converted_together(root, vectors.dtype):
+                mode_product(root[slots].to(vectors.dtype), vectors[slots], dim, scratch[slots])
             vectors, scratch = scratch, vectors
         return vectors
 
@@ -105,16 +106,24 @@ class ShampooPreconditioner:
     ) -> tuple[Tensor, Tensor]:
         """What becomes of the directions' spectra, and a tensor to spare: the two given ones, in either order.
 
+        Under a `matmul_precision` of "medium" whitening and reshaping are in bfloat16. That rounds a root as keeping it
+        in bfloat16 would.
+
         Args:
             vectors, scratch: as for `apply`.
-            reshape: from and to matrices [n, rows, columns]; those of blocks of more than two dimensions are their
-                first against the others.
+            reshape: from matrices [n, rows, columns] in fp32 or bfloat16, which it overwrites, to fp32; those of blocks
+                of more than two dimensions are their first against the others.
         """
-        directions = ShampooPreconditioner.apply(self, vectors, scratch)
-        other = scratch if directions is vectors else vectors
-        count, rows = len(directions), self.blocks[0].matrix_shape[0]
-        reshape(directions.view(count, rows, -1), other.view(count, rows, -1))
-        return other, directions
+        count, rows = len(vectors), self.blocks[0].matrix_shape[0]
+        if in_force() == "medium":
+            narrow, spare = scratch.view(-1).view(torch.bfloat16).view(2, *vectors.shape)
+            whitened = ShampooPreconditioner.apply(self, narrow.copy_(vectors), spare)
+            other, left = vectors, scratch
+        else:
+            whitened = ShampooPreconditioner.apply(self, vectors, scratch)
+            other, left = (scratch, vectors) if whitened is vectors else (vectors, scratch)
+        reshape(whitened.view(count, rows, -1), other.view(count, rows, -1))
+        return other, left
 
     def block_state(self, slot: int) -> dict[str, Any]:
         previous = {"previous": [tensor[slot] for tensor in self.previous]} if self.previous else {}
@@ -158,10 +167,10 @@ class ShampooPreconditioner:
             yield "previous", self.previous
 
 
-def _widened_together(root: Tensor) -> Iterator[slice]:
-    """Slots [n, d, d] by as many as their products take at once: all of those that are fp32 already."""
+def _converted_together(root: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Slots [n, d, d] by as many as their products take at once: all of those that need no converting."""
     count = len(root)
-    together = count if root.dtype == torch.float32 else max(1, _WIDENED_AT_ONCE // root[0].numel())
+    together = count if root.dtype == dtype else max(1, _CONVERTED_AT_ONCE // root[0].numel())
     for first in range(0, count, together):
         yield slice(first, first + together)
 
