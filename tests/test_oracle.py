@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "start_preconditioning_step": 1,
     "statistics_of": "gradients",
     "statistics_beta": 0.9,
+    "matmul_precision": "highest",
     "statistics_interval": 1,
     "root_interval": 3,
     "root_refresh_threshold": 0.0,

@@ -120,7 +120,7 @@ def test_the_table_says_what_came_of_it_and_who_set_it() -> None:
     lines = optimizer.describe().splitlines()
     assert (
         'preconditioner "polar": changed since: betas (0.8, 0.95); its own: direction_rms 0.2, matmul_precision '
-        "highest, statistics_of differences; set for the group: root_interval 7; set for all: statistics_beta 0.9; "
+        "medium, statistics_of differences; set for the group: root_interval 7; set for all: statistics_beta 0.9; "
         "root_delay 4 (param group 0)"
     ) in lines
     assert (

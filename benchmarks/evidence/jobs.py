@@ -30,6 +30,8 @@ _SCHEDULER = "scheduler."
 
 # A job's folder has this once it is finished: what it was run with.
 _DONE = "evidence.json"
+# Of the processor: a clock on the wall would tell what else ran on this machine. Runs of earlier releases lack it.
+_SECONDS = "processor_seconds"
 _CPU_DRIVEN = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 # What the training loop says as it ends a run whose loss is no number.
 _DIVERGED = re.compile(r"error: the loss is \S+ at step (\d+)")
@@ -137,7 +139,8 @@ def run_job(job: Job, runs: Path, cores: frozenset[int]) -> Result:
     config = effective_config(job)
     identity = {"config": config, "program": study.program, "arguments": list(arguments(job)), "ranks": study.ranks}
     done = folder / _DONE
-    found = json.loads(done.read_text()) if done.exists() else {}
+    timed = done.exists() and all(_SECONDS in record for record in read_metrics(folder))
+    found = json.loads(done.read_text()) if timed else {}
     ended = {key: found.pop(key, None) for key in ("commit", "diverged")}
     present = present_commit()
     if found == identity:
@@ -153,8 +156,7 @@ def run_job(job: Job, runs: Path, cores: frozenset[int]) -> Result:
         ended = {"commit": present, "diverged": _launch(job, runs, written, cores)}
         done.write_text(json.dumps(identity | ended, indent=2) + "\n")
     metric = json.loads((folder / "config.json").read_text())["metric"]
-    # Of the processor: a clock on the wall would tell what else ran on this machine.
-    records = [{**record, "seconds": record["processor_seconds"]} for record in read_metrics(folder)]
+    records = [{**record, "seconds": record[_SECONDS]} for record in read_metrics(folder)]
     return Result(job, Metric(**metric), records, **ended)
 
 

@@ -279,6 +279,9 @@ def test_a_job_that_is_done_is_read_and_keeps_the_name_of_its_code(
         assert bool(said) == bool(printed)
     jobs.run_job(TWO_SEEDS.trial(replace(STUDY, ranks=2), FIRST, {"lr": 1.0}), tmp_path, frozenset({0}))
     assert launched() == 2
+    metrics = tmp_path / STUDY.name / job.name / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "val_loss": 3.0, "seconds": 9.0}\n')
+    assert jobs.run_job(job, tmp_path, frozenset({0})).seconds == 1.0, "an earlier release's is run again"
 
 
 def test_a_run_that_diverges_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
