@@ -94,7 +94,7 @@ class ShampooPreconditioner:
             kept.copy_(grads)
 
     def apply(self, vectors: Tensor, scratch: Tensor) -> Tensor:
-        """Multiplies every preconditioned dimension by its inverse root, in the vectors' dtype; for a matrix X_L V X_R."""
+        """Multiplies each preconditioned dimension by its inverse root, in the vectors' dtype; a matrix: X_L V X_R."""
         for root, dim in zip(self.roots, self.blocks[0].preconditioned, strict=True):
             for slots in _converted_together(root, vectors.dtype):
                 mode_product(root[slots].to(vectors.dtype), vectors[slots], dim, scratch[slots])
