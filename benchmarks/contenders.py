@@ -192,8 +192,8 @@ SPECTRAL = Contender("ds-shampoo-spectral", 8e-3, _spectral, module="ds_shampoo"
 # The iterations in bfloat16, as those of torch's Muon.
 SPECTRAL_MEDIUM = Contender("ds-shampoo-spectral-medium", 8e-3, _spectral_medium, module="ds_shampoo")
 # What the package does where nobody says otherwise: three cubic steps.
-POLAR = Contender("ds-shampoo-polar", 8e-3, _polar, module="ds_shampoo")
-POLAR_FP32 = Contender("ds-shampoo-polar-fp32", 8e-3, _polar_fp32, module="ds_shampoo")
+POLAR = Contender("ds-shampoo-polar", 4e-3, _polar, module="ds_shampoo")
+POLAR_FP32 = Contender("ds-shampoo-polar-fp32", 4e-3, _polar_fp32, module="ds_shampoo")
 # Roots in the step: those of a tenth of the blocks in every one.
 SHAMPOO_INLINE = Contender("ds-shampoo-inline", 4e-3, _shampoo_inline, 1, 1, "ds_shampoo")
 SCALABLE_SHAMPOO = Contender(

@@ -19,9 +19,10 @@ from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
-# Shampoo's peak rate in parts of AdamW's, for every preset. With steps of root mean square 0.2, Muon's jobs of such
-# sizes take AdamW's own (Liu et al., arXiv 2502.16982); on the small models of docs/directions.md 5 times it is best.
-RATE_OVER_ADAMW = 2.0
+# Shampoo's peak rate in parts of AdamW's, for every preset. Steps of the default's have a root mean square of 0.4 then.
+# Muon's jobs of such sizes have 0.2 in AdamW's rate (Liu et al., arXiv 2502.16982); on the small models of
+# docs/directions.md 1.0 is best.
+RATE_OVER_ADAMW = 1.0
 
 LLAMA = (
     *("--swiglu", "--normalization RMSNorm", "--position-embedding-type rope"),

@@ -64,7 +64,7 @@ def test_the_group_goes_before_the_optimizer_and_that_before_the_preconditioner(
     found = Shampoo(groups, statistics_beta=0.7, root_interval=20, direction_rms=None).param_groups
     assert [group["root_interval"] for group in found] == [3, 20, 20]
     assert [group["statistics_beta"] for group in found] == [0.7] * 3
-    assert [group["direction_rms"] for group in found] == [0.2, "grafting", 0.2]
+    assert [group["direction_rms"] for group in found] == [0.4, "grafting", 0.4]
 
 
 def test_a_late_group_too() -> None:
@@ -119,7 +119,7 @@ def test_the_table_says_what_came_of_it_and_who_set_it() -> None:
     optimizer.param_groups[0]["betas"] = (0.8, 0.95)
     lines = optimizer.describe().splitlines()
     assert (
-        'preconditioner "polar": changed since: betas (0.8, 0.95); its own: direction_rms 0.2, matmul_precision '
+        'preconditioner "polar": changed since: betas (0.8, 0.95); its own: direction_rms 0.4, matmul_precision '
         "medium, statistics_of differences; set for the group: root_interval 7; set for all: statistics_beta 0.9; "
         "root_delay 4 (param group 0)"
     ) in lines
@@ -165,6 +165,6 @@ def test_null_of_an_earlier_release_is_the_grafting_norm() -> None:
 
 
 def test_settings_by_themselves_are_whole() -> None:
-    assert GroupSettings(preconditioner="polar", direction_rms=None).direction_rms == 0.2
+    assert GroupSettings(preconditioner="polar", direction_rms=None).direction_rms == 0.4
     with pytest.raises(ValueError, match="must be one of 'shampoo', 'spectral', 'polar'"):
         GroupSettings(preconditioner="polr")

@@ -83,13 +83,16 @@ SHAMPOO = Contender(
     (RATE, FIRST_BETA, *BY_ROLE, *_LAST),
 )
 
-# What belongs to the preconditioner are its own defaults, but for what all tune.
+# What belongs to the preconditioner are its own defaults, but for what all tune. Its steps are twice Muon's in their rate.
 POLAR = Contender(
     "Polar",
     "Shampoo",
     {
         **SHAMPOO.settings,
-        "lr": 8e-3,
+        "lr": 4e-3,
+        "embedding_lr_scale": 8.0,
+        "head_lr_scale": 1.0,
+        "vector_lr_scale": 2.0,
         "betas.0": 0.9,
         "momentum_warmup_steps": 0.2,
         "preconditioner": "polar",
