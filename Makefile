@@ -1,9 +1,9 @@
 # Sets everything up in .venv, trains, tests and checks. `make help` lists the targets.
 
 PYTHON ?= python3
-OPTIMIZER ?= shampoo
+OPTIMIZER ?= polar
 ARCHITECTURE ?= modern
-CONFIG ?= configs/gpt_zero2_$(OPTIMIZER).json
+CONFIG ?= $(firstword $(wildcard configs/gpt_zero2_$(OPTIMIZER).json) configs/gpt_$(OPTIMIZER).json)
 NAME ?= $(OPTIMIZER)
 STEPS ?=
 VOCABULARY ?=
@@ -46,7 +46,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed 's/:.*  ## /|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 	@echo
-	@echo "make pretrain takes OPTIMIZER=shampoo|spectral|polar|adamw ARCHITECTURE=modern|gpt2 VOCABULARY=bytes|size GPUS=ranks"
+	@echo "make pretrain takes OPTIMIZER=polar|shampoo|spectral|muon|adamw ARCHITECTURE=modern|gpt2 VOCABULARY=bytes|size GPUS=ranks"
 	@echo "              STEPS= SEED= NAME= DATA=file-or-folder CONFIG=json"
 	@echo "make evidence takes PROTOCOL=small|full STUDY=\"some of its names\""
 

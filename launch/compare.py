@@ -1,6 +1,6 @@
 """Compares runs: one picture of their losses, and how soon each reached the baseline's final loss.
 
-python launch/compare.py runs/adamw runs/shampoo
+python launch/compare.py runs/adamw runs/polar
 """
 
 from __future__ import annotations

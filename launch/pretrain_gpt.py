@@ -1,6 +1,6 @@
 """Pretrains a GPT with the optimizer that a DeepSpeed JSON names, under the `deepspeed` launcher.
 
-    deepspeed --num_gpus 2 launch/pretrain_gpt.py --deepspeed_config configs/gpt_zero2_shampoo.json
+    deepspeed --num_gpus 2 launch/pretrain_gpt.py --deepspeed_config configs/gpt_zero2_polar.json
 
 Everything a run leaves behind lies in `runs/<name>/`; a second call with the same name resumes it.
 """
