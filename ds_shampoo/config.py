@@ -173,6 +173,7 @@ class GroupSettings(_Common):
     What its preconditioner has a default for takes that where it is missing or None.
     """
 
+    embedding_lr_scale: Rate
     betas: Betas
     # The root mean square of a block's direction, or its grafting step's norm.
     direction_rms: Annotated[float | Literal["grafting"], BeforeValidator(parse_length)]
@@ -280,7 +281,7 @@ def _check_combinations(settings: GroupSettings) -> None:
     """
     for role, own in settings_by_role(settings).items():
         scale = None if role is None else getattr(settings, f"{role}_lr_scale")
-        rate = f"'lr' = {settings.lr}" + ("" if scale is None else f" and '{role}_lr_scale' = {scale}")
+        rate = f"'lr' = {settings.lr}" + ("" if scale in (None, 1) else f" and '{role}_lr_scale' = {scale}")
         if own.lr > LARGEST_RATE:
             raise SettingsError(f"Shampoo setting {rate}: their product must be at most {LARGEST_RATE:g}")
         if own.lr * own.weight_decay >= 2:
@@ -301,7 +302,8 @@ def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupS
     """Checks one param group's own settings over the optimizer's, and both over its preconditioner's defaults.
 
     Keys foreign to Shampoo are left alone (frameworks tag their groups) unless they look like a misspelt one, or are
-    what others call one of Shampoo's.
+    what others call one of Shampoo's. A group with a rate of its own has that for its embeddings too, unless a scale is
+    set for them.
 
     Raises:
         SettingsError: as `parse`, and for a job-wide key in a group.
@@ -320,6 +322,8 @@ def parse_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> GroupS
         raise SettingsError(f"param group key 'preconditioned' = {preconditioned!r}: must be true or false")
     known = {key: value for key, value in own.items() if key in GroupSettings.model_fields}
     known = {key: value for key, value in known.items() if value is not None or key not in LEFT_OPEN}
+    if "lr" in known and known["lr"] != defaults.get("lr"):
+        known = {"embedding_lr_scale": defaults.get("embedding_lr_scale", 1.0), **known}
     settings = _validate(GroupSettings, {**defaults, **known})
     _check_combinations(settings)
     return settings

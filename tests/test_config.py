@@ -163,7 +163,7 @@ def test_a_roles_rate_and_decay_past_their_bounds_are_refused(role: str) -> None
     own = f"'{role}_weight_decay' = 5.0 with 'lr' = 0.1 and '{role}_lr_scale' = 4.0: {below}"
     assert own in refusal(lr=0.1, **{f"{role}_lr_scale": 4.0, f"{role}_weight_decay": 5.0})
     assert f"'weight_decay' = 5.0 with 'lr' = 0.1 and '{role}_lr_scale' = 4.0: {below}" in refusal(
-        lr=0.1, weight_decay=5.0, **{f"{role}_lr_scale": 4.0}
+        lr=0.1, weight_decay=5.0, **{"embedding_lr_scale": 1.0, f"{role}_lr_scale": 4.0}
     )
     assert f"'lr' = 1000.0 and '{role}_lr_scale' = 2000.0: their product must be at most 1e+06" in refusal(
         lr=1e3, **{f"{role}_lr_scale": 2e3}

@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "matrix_epsilon": 1e-3,
     "preconditioner": "shampoo",
     "direction_rms": "grafting",
+    "embedding_lr_scale": 1.0,
     "inverse_exponent_override": None,
     "start_preconditioning_step": 1,
     "statistics_of": "gradients",

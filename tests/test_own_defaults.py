@@ -109,6 +109,20 @@ def test_a_delay_is_held_against_the_preconditioners_interval() -> None:
         Shampoo([{"params": [weight()], "preconditioner": "polar"}], preconditioner="spectral", root_delay=20)
 
 
+def test_embeddings_of_a_group_with_a_rate_of_its_own_have_that_rate() -> None:
+    """Who gave them one for AdamW is not to have it multiplied; frameworks give groups the optimizer's own rate."""
+    groups = [
+        {"params": [weight()], "lr": 0.01},
+        {"params": [weight()], "lr": 0.03},
+        {"params": [weight()]},
+        {"params": [weight()], "lr": 0.03, "embedding_lr_scale": 2.0},
+    ]
+    found = Shampoo(groups, lr=0.01).param_groups
+    assert [group["embedding_lr_scale"] for group in found] == [4.0, 1.0, 4.0, 2.0]
+    groups = [{"params": [weight()], "lr": 0.03}]
+    assert Shampoo(groups, lr=0.01, embedding_lr_scale=5.0).param_groups[0]["embedding_lr_scale"] == 5.0
+
+
 def test_the_table_says_what_came_of_it_and_who_set_it() -> None:
     groups = [
         {"params": [("a", weight())], "root_interval": 7},
@@ -119,13 +133,13 @@ def test_the_table_says_what_came_of_it_and_who_set_it() -> None:
     optimizer.param_groups[0]["betas"] = (0.8, 0.95)
     lines = optimizer.describe().splitlines()
     assert (
-        'preconditioner "polar": changed since: betas (0.8, 0.95); its own: direction_rms 0.4, matmul_precision '
-        "medium, statistics_of differences; set for the group: root_interval 7; set for all: statistics_beta 0.9; "
+        'preconditioner "polar": changed since: betas (0.8, 0.95); its own: direction_rms 0.4, embedding_lr_scale '
+        "4.0, matmul_precision medium, statistics_of differences; set for the group: root_interval 7; set for all: statistics_beta 0.9; "
         "root_delay 4 (param group 0)"
     ) in lines
     assert (
-        'preconditioner "spectral": its own: betas (0.95, 0.95), direction_rms 0.2, matmul_precision highest, '
-        "root_interval 50, statistics_of gradients; set for all: statistics_beta 0.9; root_delay 5 (param groups 1, 2)"
+        'preconditioner "spectral": its own: betas (0.95, 0.95), direction_rms 0.2, embedding_lr_scale 1.0, '
+        "matmul_precision highest, root_interval 50, statistics_of gradients; set for all: statistics_beta 0.9; root_delay 5 (param groups 1, 2)"
     ) in lines
 
 

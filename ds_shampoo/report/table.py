@@ -187,7 +187,7 @@ def _said(scale: float | None, own: RoleSettings, groups: RoleSettings) -> str:
     """Rate and decay of a role, and what else differs from its param group's."""
     others = {"betas": ", ".join(f"{beta:g}" for beta in own.betas), "eps": f"{own.eps:g}"}
     differing = [f"{key} {text}" for key, text in others.items() if getattr(own, key) != getattr(groups, key)]
-    rate = "lr" if scale is None else f"{scale:g} lr"
+    rate = "lr" if scale in (None, 1) else f"{scale:g} lr"
     return ", ".join([rate, f"decay {own.weight_decay:g}", *differing])
 
 

@@ -42,11 +42,13 @@ def scheduled(group: Mapping[str, Any], constructed: Mapping[str, Any]) -> dict[
 def _of_today(group: Mapping[str, Any]) -> dict[str, Any]:
     """A saved param group; earlier releases had no word for what was the same for all.
 
-    That is Shampoo's direction, statistics of gradients, and, as None too, directions as long as the grafting steps.
+    That is Shampoo's direction, statistics of gradients, and, as None too, directions as long as the grafting steps and
+    embeddings at the rate of all.
     """
     found = {"preconditioner": "shampoo", "statistics_of": "gradients", **group}
-    if found.get("direction_rms") is None:
-        found["direction_rms"] = GRAFTING
+    for key, value in (("direction_rms", GRAFTING), ("embedding_lr_scale", 1.0)):
+        if found.get(key) is None:
+            found[key] = value
     return found
 
 

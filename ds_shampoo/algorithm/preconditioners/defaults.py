@@ -10,6 +10,7 @@ from typing import Any
 GRAFTING = "grafting"
 
 _SHAMPOOS: dict[str, Any] = {
+    "embedding_lr_scale": 1.0,
     "betas": (0.95, 0.95),
     "direction_rms": GRAFTING,
     "statistics_of": "gradients",
@@ -20,11 +21,13 @@ _SHAMPOOS: dict[str, Any] = {
 # 0.2 is the root mean square of Adam's usual step (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982).
 _ORTHOGONALS = {**_SHAMPOOS, "direction_rms": 0.2, "statistics_beta": 0.95}
 # Roots of the noise are worth most while that noise is still in the momentum: docs/directions.md has every interval.
-# Products in bfloat16 are Muon's too, and cost nothing in loss there. The length is so that an AdamW's rate serves: twice
+# Products in bfloat16 are Muon's too, and cost nothing in loss there. The length lets an AdamW's rate serve: it is twice
 # what Muon's large jobs take beside that, and less than half of what is best in short runs.
 _POLARS = {
     **_ORTHOGONALS,
     "direction_rms": 0.4,
+    # Adam's rate for all is what matrices bear; embeddings bear far more (docs/directions.md), and here it is theirs.
+    "embedding_lr_scale": 4.0,
     "betas": (0.9, 0.95),
     "statistics_of": "differences",
     "root_interval": 3,
