@@ -133,13 +133,14 @@ def test_the_table_says_what_came_of_it_and_who_set_it() -> None:
     optimizer.param_groups[0]["betas"] = (0.8, 0.95)
     lines = optimizer.describe().splitlines()
     assert (
-        'preconditioner "polar": changed since: betas (0.8, 0.95); its own: direction_rms 0.4, embedding_lr_scale '
-        "4.0, matmul_precision medium, statistics_of differences; set for the group: root_interval 7; set for all: statistics_beta 0.9; "
-        "root_delay 4 (param group 0)"
+        'preconditioner "polar": changed since: betas (0.8, 0.95); its own: direction_rms 0.4, embedding_lr_scale 4.0, '
+        "matmul_precision medium, statistics_of differences; set for the group: root_interval 7; set for all: "
+        "statistics_beta 0.9; root_delay 4 (param group 0)"
     ) in lines
     assert (
         'preconditioner "spectral": its own: betas (0.95, 0.95), direction_rms 0.2, embedding_lr_scale 1.0, '
-        "matmul_precision highest, root_interval 50, statistics_of gradients; set for all: statistics_beta 0.9; root_delay 5 (param groups 1, 2)"
+        "matmul_precision highest, root_interval 50, statistics_of gradients; set for all: statistics_beta 0.9; "
+        "root_delay 5 (param groups 1, 2)"
     ) in lines
 
 

@@ -83,7 +83,7 @@ SHAMPOO = Contender(
     (RATE, FIRST_BETA, *BY_ROLE, *_LAST),
 )
 
-# What belongs to the preconditioner are its own defaults, but for what all tune. In one rate its steps are twice Muon's.
+# What belongs to the preconditioner are its own defaults, but for what all tune. Its steps are twice Muon's at a rate.
 POLAR = Contender(
     "Polar",
     "Shampoo",

@@ -21,8 +21,8 @@ _SHAMPOOS: dict[str, Any] = {
 # 0.2 is the root mean square of Adam's usual step (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982).
 _ORTHOGONALS = {**_SHAMPOOS, "direction_rms": 0.2, "statistics_beta": 0.95}
 # Roots of the noise are worth most while that noise is still in the momentum: docs/directions.md has every interval.
-# Products in bfloat16 are Muon's too, and cost nothing in loss there. The length lets an AdamW's rate serve: it is twice
-# what Muon's large jobs take beside that, and less than half of what is best in short runs.
+# Products in bfloat16 are Muon's too, and cost nothing in loss there. The length lets an AdamW's rate serve: twice what
+# Muon's large jobs take beside that, and less than half of what is best in short runs.
 _POLARS = {
     **_ORTHOGONALS,
     "direction_rms": 0.4,
