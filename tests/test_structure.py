@@ -23,6 +23,7 @@ LAYERS = (
     ("config",),
     ("auxiliary", "values"),
     ("algorithm",),
+    ("kernels",),
 )
 # A framework's folder may build on another's where both are at work in one job.
 FRAMEWORKS = {"megatron_deepspeed": {"megatron", "deepspeed"}}
@@ -31,8 +32,9 @@ FOLDERS = {path.name for path in (PACKAGE / "frameworks").iterdir() if path.is_d
 LONGEST = 400
 
 MOST_POSITIONAL = 4
-# Called as torch's or Megatron's own are.
+# Called as torch's or Megatron's own are, or by Triton, which knows no other arguments.
 AS_OTHERS = {"Shampoo.__init__", "get_megatron_shampoo_optimizer", "GPTPipeline.__init__", "Embedding.__init__"}
+AS_OTHERS |= {"move", "squares"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 IDS = [str(path.relative_to(PACKAGE)) for path in FILES]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_shampoo.algorithm import multi_tensor, products
 from ds_shampoo.config import GroupSettings, present_settings
+from ds_shampoo.kernels import boxes
 from ds_shampoo.parameters import wrappers
 from ds_shampoo.parameters.reading import Parameters
 from ds_shampoo.report.origins import Origins, describe_settings
@@ -43,6 +44,7 @@ class Announcement:
             groups, self._origins, {index: service.delay(own) for index, own in present.items()}
         )
         parts = [f"{tables}{settings}", services, products.describe(service.device), multi_tensor.describe(devices)]
+        parts += [boxes.describe(device) for device in devices if device.type in boxes.DEVICES]
         return "\n".join(parts)
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> None:

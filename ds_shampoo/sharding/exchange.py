@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
+from ds_shampoo.sharding.copies import Copies, Copy, View
 from ds_shampoo.sharding.fragments import Piece, row_major
 from ds_shampoo.sharding.partition import Partition
 
@@ -23,40 +26,24 @@ class StackSlot:
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    """A strided view into one of several contiguous tensors."""
+class _Move(NamedTuple):
+    """A piece on its way, from which rank to which; a view is None where its end is another rank's."""
 
-    tensor: int
-    offset: int
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def of(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        base = tensors[self.tensor]
-        assert base is not None, "only local pieces may lack a buffer"
-        return base.as_strided(self.sizes, self.strides, base.storage_offset() + self.offset)
-
-
-@dataclass(frozen=True, slots=True)
-class _Transfer:
-    """A piece on its way between a shard's buffer and its owner's stack; this rank holds one end or both."""
-
-    block: int
-    numel: int
-    sizes: tuple[int, ...]
-    in_buffer: _View | None
-    in_stack: _View | None
+    piece: Piece
+    sender: int
+    receiver: int
+    source: View | None
+    target: View | None
 
 
 @dataclass(frozen=True)
 class _Route:
-    """One all-to-all as this rank sees it, pieces in the order that sender and receiver share."""
+    """One all-to-all as this rank sees it: what stays here, what is packed for others, and what they sent."""
 
-    local: Sequence[_Transfer]
-    send: Sequence[_Transfer]
+    local: Copies
+    send: Copies
     send_splits: list[int]
-    receive: Sequence[_Transfer]
+    receive: Copies
     receive_splits: list[int]
 
 
@@ -67,12 +54,11 @@ class _Flight:
     work: dist.Work
     send: Tensor
     receive: Tensor
-    arriving: Sequence[_Transfer]
 
     def land(self) -> list[Tensor]:
-        """The pieces that were received, in the order of the route; an accelerator waits for them, not the host."""
+        """What was received; an accelerator waits for it, not the host."""
         self.work.wait()
-        return _unpack(self.receive, self.arriving)
+        return [self.receive]
 
 
 @dataclass(frozen=True)
@@ -106,9 +92,19 @@ class ExchangePlan:
         chosen = choose_sources(blocks, pieces, owners)
         self.sources = tuple(piece for piece in chosen if piece.rank == partition.rank)
         self.moves = any(piece.rank != owners[piece.block] for piece in pieces)
-        ends = {piece: self._transfer(piece, blocks[piece.block], stack_slots.get(piece.block)) for piece in pieces}
-        self._gather = self._route([(piece.rank, owners[piece.block], ends[piece]) for piece in chosen])
-        self._scatter = self._route([(owners[piece.block], piece.rank, ends[piece]) for piece in pieces])
+        in_buffers = {piece: buffer_view(piece) if piece.rank == partition.rank else None for piece in pieces}
+        in_stacks = {
+            piece: _stack_view(piece, blocks[piece.block], stack_slots[piece.block])
+            if piece.block in stack_slots
+            else None
+            for piece in pieces
+        }
+        self._gather = self._route(
+            _Move(piece, piece.rank, owners[piece.block], in_buffers[piece], in_stacks[piece]) for piece in chosen
+        )
+        self._scatter = self._route(
+            _Move(piece, owners[piece.block], piece.rank, in_stacks[piece], in_buffers[piece]) for piece in pieces
+        )
 
     @property
     def gather_bytes(self) -> int:
@@ -129,7 +125,8 @@ class ExchangePlan:
         """
         flight = None
         if self.moves:
-            flight = self._depart(self._gather, [_end(t.in_buffer).of(buffers) for t in self._gather.send])
+            assert all(buffer is not None for buffer in buffers), "only where nothing moves may a buffer be missing"
+            flight = self._depart(self._gather, buffers)
         return Gathering(buffers, flight)
 
     def finish(self, gathering: Gathering, stacks: Sequence[Tensor]) -> None:
@@ -138,45 +135,30 @@ class ExchangePlan:
         Args:
             stacks: [n, *shape] fp32, overwritten.
         """
-        for transfer in self._gather.local:
-            if gathering.buffers[_end(transfer.in_buffer).tensor] is not None:
-                _end(transfer.in_stack).of(stacks).copy_(_end(transfer.in_buffer).of(gathering.buffers))
+        self._gather.local.run(gathering.buffers, stacks)
         if gathering.flight is not None:
-            for transfer, values in zip(self._gather.receive, gathering.flight.land(), strict=True):
-                _end(transfer.in_stack).of(stacks).copy_(values)
+            self._gather.receive.run(gathering.flight.land(), stacks)
         self._round(stacks)
 
     def scatter(
-        self,
-        stacks: Sequence[Tensor],
-        buffers: Sequence[Tensor | None],
-        directed: Mapping[int, bool],
-        flags: Tensor | None = None,
+        self, stacks: Sequence[Tensor], buffers: Sequence[Tensor | None], directed: Tensor | None = None
     ) -> None:
         """Writes the owners' directions over everyone's flat buffers, for the blocks that have one.
 
         Args:
             stacks: this rank's directions, [n, *shape] fp32.
             buffers: this rank's flat fp32 buffers, changed where pieces lie of a block that has a direction.
-            directed: by block ordinal, whether an owned block has one.
-            flags: [blocks] on the device, above 0 for every block whose owner has one; needed where
-                anything moves, so that no rank has to ask another one's host.
+            directed: [blocks] on the device, above 0 for every block whose owner has one, so that no rank has to ask
+                another one's host; None where all have.
         """
         self._round(stacks)
-        for transfer in self._scatter.local:
-            if directed[transfer.block] and buffers[_end(transfer.in_buffer).tensor] is not None:
-                _end(transfer.in_buffer).of(buffers).copy_(_end(transfer.in_stack).of(stacks))
+        self._scatter.local.run(stacks, buffers, directed)
         if self.moves:
-            assert flags is not None
-            flight = self._depart(self._scatter, [_end(t.in_stack).of(stacks) for t in self._scatter.send])
-            for transfer, direction in zip(self._scatter.receive, flight.land(), strict=True):
-                target = _end(transfer.in_buffer).of(buffers)
-                target.copy_(torch.where(flags[transfer.block] > 0, direction.to(target.dtype), target))
+            self._scatter.receive.run(self._depart(self._scatter, stacks).land(), buffers, directed)
 
-    def _depart(self, route: _Route, outgoing: Iterable[Tensor]) -> _Flight:
+    def _depart(self, route: _Route, tensors: Sequence[Tensor | None]) -> _Flight:
         send = torch.empty(sum(route.send_splits), dtype=self._dtype, device=self._device)
-        for packed, values in zip(_unpack(send, route.send), outgoing, strict=True):
-            packed.copy_(values)
+        route.send.run(tensors, [send])
         receive = torch.empty(sum(route.receive_splits), dtype=self._dtype, device=self._device)
         work = dist.all_to_all_single(
             receive,
@@ -186,7 +168,7 @@ class ExchangePlan:
             group=self._partition.process_group,
             async_op=True,
         )
-        return _Flight(work, send, receive, route.receive)
+        return _Flight(work, send, receive)
 
     def _round(self, stacks: Sequence[Tensor]) -> None:
         """Rounds every block to the exchange's dtype, sent or not, so that no result depends on who owns what."""
@@ -194,35 +176,39 @@ class ExchangePlan:
             for stack in stacks:
                 stack.copy_(stack.to(self._dtype))
 
-    def _transfer(self, piece: Piece, block: Block, stack_slot: StackSlot | None) -> _Transfer:
-        in_buffer, in_stack = None, None
-        if piece.rank == self._partition.rank:
-            in_buffer = buffer_view(piece)
-        if stack_slot is not None:
-            strides = row_major(block.shape)
-            first = sum(at * stride for at, stride in zip(piece.box.starts, strides, strict=True))
-            in_stack = _View(stack_slot.stack, stack_slot.slot * block.numel + first, piece.box.sizes, strides)
-        return _Transfer(piece.block, piece.box.numel, piece.box.sizes, in_buffer, in_stack)
-
-    def _route(self, moves: Iterable[tuple[int, int, _Transfer]]) -> _Route:
+    def _route(self, moves: Iterable[_Move]) -> _Route:
+        """Of all ranks' moves, in an order that they share: that of the pieces in the messages."""
         me, world = self._partition.rank, self._partition.world_size
-        local: list[_Transfer] = []
-        send: dict[int, list[_Transfer]] = defaultdict(list)
-        receive: dict[int, list[_Transfer]] = defaultdict(list)
-        for source, target, transfer in moves:
-            if source == me and target == me:
-                local.append(transfer)
-            elif source == me:
-                send[target].append(transfer)
-            elif target == me:
-                receive[source].append(transfer)
+        local: list[_Move] = []
+        send: list[list[_Move]] = [[] for _ in range(world)]
+        receive: list[list[_Move]] = [[] for _ in range(world)]
+        for move in moves:
+            if move.sender == me and move.receiver == me:
+                local.append(move)
+            elif move.sender == me:
+                send[move.receiver].append(move)
+            elif move.receiver == me:
+                receive[move.sender].append(move)
         return _Route(
-            local,
-            [transfer for rank in range(world) for transfer in send[rank]],
-            [sum(transfer.numel for transfer in send[rank]) for rank in range(world)],
-            [transfer for rank in range(world) for transfer in receive[rank]],
-            [sum(transfer.numel for transfer in receive[rank]) for rank in range(world)],
+            Copies([Copy(_end(move.source), _end(move.target), move.piece.block) for move in local], self._device),
+            Copies([Copy(_end(move.source), view, move.piece.block) for move, view in _packed(send)], self._device),
+            [_numel(moves) for moves in send],
+            Copies([Copy(view, _end(move.target), move.piece.block) for move, view in _packed(receive)], self._device),
+            [_numel(moves) for moves in receive],
         )
+
+
+def _packed(by_rank: Iterable[Sequence[_Move]]) -> Iterator[tuple[_Move, View]]:
+    """Each move, and where its piece lies in a flat message, one after another."""
+    offset = 0
+    for move in itertools.chain.from_iterable(by_rank):
+        sizes = move.piece.box.sizes
+        yield move, View(0, offset, sizes, row_major(sizes))
+        offset += move.piece.box.numel
+
+
+def _numel(moves: Iterable[_Move]) -> int:
+    return sum(move.piece.box.numel for move in moves)
 
 
 def choose_sources(blocks: Sequence[Block], pieces: Sequence[Piece], owners: Sequence[int]) -> list[Piece]:
@@ -245,16 +231,17 @@ def choose_sources(blocks: Sequence[Block], pieces: Sequence[Piece], owners: Seq
     return chosen
 
 
-def buffer_view(piece: Piece) -> _View:
+def buffer_view(piece: Piece) -> View:
     """Where a piece's elements lie in the buffers of the rank that holds it."""
-    return _View(piece.buffer, piece.offset, piece.box.sizes, piece.strides)
+    return View(piece.buffer, piece.offset, piece.box.sizes, piece.strides)
 
 
-def _end(view: _View | None) -> _View:
+def _stack_view(piece: Piece, block: Block, stack_slot: StackSlot) -> View:
+    strides = row_major(block.shape)
+    first = sum(at * stride for at, stride in zip(piece.box.starts, strides, strict=True))
+    return View(stack_slot.stack, stack_slot.slot * block.numel + first, piece.box.sizes, strides)
+
+
+def _end(view: View | None) -> View:
     assert view is not None, "this rank does not hold that end of the piece"
     return view
-
-
-def _unpack(flat: Tensor, transfers: Sequence[_Transfer]) -> list[Tensor]:
-    parts = torch.split(flat, [transfer.numel for transfer in transfers]) if transfers else ()
-    return [part.view(transfer.sizes) for part, transfer in zip(parts, transfers, strict=True)]

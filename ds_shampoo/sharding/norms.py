@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.multi_tensor import kernels_for
+from ds_shampoo.kernels.boxes import Table, box_kernels
+from ds_shampoo.sharding.copies import Copy, table_of
 from ds_shampoo.sharding.exchange import buffer_view, choose_sources
 from ds_shampoo.sharding.fragments import Box, Fragment, Piece
 from ds_shampoo.sharding.partition import Partition
@@ -19,16 +23,20 @@ class PieceNorms:
     """Sums of squares over this rank's pieces, by the ordinal of the segment they belong to."""
 
     def __init__(self, pieces: Sequence[Piece], segments: int, device: torch.device) -> None:
-        self._pieces = [(piece.buffer, buffer_view(piece), piece.block) for piece in pieces]
+        self._pieces = [Copy(buffer_view(p), buffer_view(p), p.block) for p in sorted(pieces, key=lambda p: p.block)]
         self._segments, self._device = segments, device
-        self._ordinals = torch.tensor([piece.block for piece in pieces], dtype=torch.long, device=device)
+        self._ordinals = torch.tensor([piece.segment for piece in self._pieces], dtype=torch.long, device=device)
+        self._kernels = box_kernels(device)
+        self._tables = self._for_kernels() if self._kernels is not None else None
 
     def squares(self, buffers: Sequence[Tensor | None]) -> Tensor:
         """[segments] fp32: what this rank's buffers add to each squared norm; an absent buffer adds nothing."""
+        if self._kernels is not None and self._tables is not None:
+            return self._kernels.squares(self._tables[0], buffers, self._tables[1])
         total = torch.zeros(self._segments, dtype=torch.float32, device=self._device)
-        present = [i for i, (buffer, _, _) in enumerate(self._pieces) if buffers[buffer] is not None]
+        present = [i for i, piece in enumerate(self._pieces) if buffers[piece.source.tensor] is not None]
         if present:
-            norms = kernels_for(self._device).norms([self._pieces[i][1].of(buffers) for i in present])
+            norms = kernels_for(self._device).norms([self._pieces[i].source.of(buffers) for i in present])
             ordinals = self._ordinals
             if len(present) < len(self._pieces):
                 chosen = torch.tensor(present, dtype=torch.int64, device="cpu")
@@ -36,6 +44,13 @@ class PieceNorms:
             # In one order on an accelerator too, where index_add_ leaves that to chance.
             total.index_put_((ordinals,), norms.square(), accumulate=True)
         return total
+
+    def _for_kernels(self) -> tuple[Table, Tensor]:
+        """The pieces, and where each segment's tiles begin, with the end of the last."""
+        table = table_of(self._pieces, self._device)
+        counts = Counter(table.segments)
+        starts = itertools.accumulate((counts[segment] for segment in range(self._segments)), initial=0)
+        return table, torch.tensor(list(starts), dtype=torch.int64, device="cpu").to(self._device)
 
 
 class SegmentScaler:
@@ -60,7 +75,9 @@ class SegmentScaler:
         reducers = [*owners, *(fragment.rank for fragment in _first_of_each(whole))]
         sources = choose_sources(segments, everywhere, reducers)
         self._norms = PieceNorms([p for p in sources if p.rank == partition.rank], len(segments), device)
-        self._mine = [(buffer_view(p), p.buffer, p.block) for p in everywhere if p.rank == partition.rank]
+        self._mine = [Copy(buffer_view(p), buffer_view(p), p.block) for p in everywhere if p.rank == partition.rank]
+        self._kernels = box_kernels(device)
+        self._table = table_of(self._mine, device) if self._kernels is not None else None
         self._shared = any(piece.rank != reducers[piece.block] for piece in everywhere)
         self._group = partition.process_group
 
@@ -72,9 +89,12 @@ class SegmentScaler:
         norms = squares.sqrt_()
         inverse = torch.where(norms > 0, norms.reciprocal(), torch.zeros_like(norms))
         scaled = [buffer.clone() if buffer is not None else None for buffer in buffers]
-        for view, buffer, segment in self._mine:
-            if scaled[buffer] is not None:
-                view.of(scaled).mul_(inverse[segment])
+        if self._kernels is not None and self._table is not None:
+            self._kernels.scale(self._table, scaled, inverse)
+            return scaled
+        for piece in self._mine:
+            if scaled[piece.source.tensor] is not None:
+                piece.source.of(scaled).mul_(inverse[piece.segment])
         return scaled
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -290,7 +291,7 @@ class ShardedGroup:
         self._arrive(vectors, work.gathered)
         updates = work.staged("update")
         with self._stopwatch.phase("exchange"):
-            squares, flags = self._shared_norms(updates)
+            squares, directed = self._shared_norms(updates)
         with self._stopwatch.phase("precondition"), matmul_precision(settings.matmul_precision):
             directions = [
                 rescaled(
@@ -299,13 +300,8 @@ class ShardedGroup:
                 )
                 for stack, rows, vector, spare in zip(self.stacks, self._rows, work.gathered, work.scratch, strict=True)
             ]
-        directed = {
-            ordinal: has_one
-            for stack, ordinals in zip(self.stacks, self._ordinals, strict=True)
-            for ordinal, has_one in zip(ordinals, stack.directed, strict=True)
-        }
         with self._stopwatch.phase("exchange"):
-            self.plan.scatter(directions, updates, directed, flags)
+            self.plan.scatter(directions, updates, directed)
             work.unstage(updates)
         self.exchange_bytes += self.plan.scatter_bytes
 
@@ -320,15 +316,18 @@ class ShardedGroup:
                 self.plan.finish(gathering, stacks)
 
     def _shared_norms(self, updates: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        """By ordinal: the squared norm of each block's grafting step, and above 0 where it has a direction."""
+        """By ordinal: squared norms of the grafting steps, and above 0 where a block has a direction; None for all."""
         squares = self._norms.squares(updates)
-        if not self.plan.moves:
+        own = dict(
+            zip(itertools.chain(*self._ordinals), itertools.chain(*(s.directed for s in self.stacks)), strict=True)
+        )
+        if not self.plan.moves and all(own.values()):
             return squares, None
-        flags = torch.zeros_like(squares)
-        for stack, rows in zip(self.stacks, self._rows, strict=True):
-            directed = torch.tensor(stack.directed, dtype=flags.dtype, device="cpu")
-            flags[rows] = directed.to(self.device, non_blocking=True)
-        shared = torch.stack([squares, flags])
+        flags = [float(own.get(ordinal, False)) for ordinal in range(len(self.table.blocks))]
+        directed = torch.tensor(flags, dtype=torch.float32, device="cpu").to(self.device, non_blocking=True)
+        if not self.plan.moves:
+            return squares, directed
+        shared = torch.stack([squares, directed])
         dist.all_reduce(shared, group=self.table.partition.process_group)
         return shared[0], shared[1]
 

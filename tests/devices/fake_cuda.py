@@ -5,6 +5,7 @@ Stood in for, since nothing here has a value or takes time:
 - the answers of root jobs: a root of the right shape and dtype, through the real buffers and the real `install`;
 - the root threads: jobs are solved when they are due, on the calling thread;
 - the comparison of all ranks' block tables at start, which reads a tensor;
+- Triton: its kernels' launches are counted, and where tensors begin is sent to the device each time;
 - other ranks: torch's "fake" process group, whose collectives move nothing.
 
 Everything else is the package's own code and torch's own shape, dtype and device rules.
@@ -18,8 +19,9 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +37,8 @@ from torch.utils._pytree import tree_flatten
 
 from ds_shampoo import accelerators
 from ds_shampoo.algorithm import multi_tensor
+from ds_shampoo.kernels import boxes
+from ds_shampoo.kernels.boxes import BoxKernels
 from ds_shampoo.roots import service
 from ds_shampoo.roots.jobs import RootAnswer, RootJob, Verdict
 from ds_shampoo.roots.pool import InlineExecutor
@@ -168,6 +172,37 @@ def _solved(job: RootJob, transfers: Transfers) -> RootAnswer:
     return RootAnswer(Verdict.ACCEPTED, "stand-in", transfers.result(root, job.root_dtype))
 
 
+class _Launch:
+    """A kernel of Triton's that is only counted."""
+
+    def __init__(self, watch: Watch, name: str) -> None:
+        self._watch, self._name = watch, name
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launched(*tensors: Tensor, **_: Any) -> None:
+            assert grid[0] > 0
+            assert all(tensor.is_cuda for tensor in tensors)
+            self._watch.launches[self._name] += 1
+
+        return launched
+
+
+def _counting(watch: Watch) -> type[BoxKernels]:
+    class Counting(BoxKernels):
+        def _try(self) -> None: ...
+
+        def __init__(self, device: torch.device) -> None:
+            kernels = {name: _Launch(watch, name) for name in ("move", "squares", "sum_up")}
+            self._device = device
+            self._kernels = SimpleNamespace(**kernels, TYPES={torch.float32: "fp32", torch.bfloat16: "bf16"})
+
+        def _addresses_of(self, tensors: Sequence[Tensor | None]) -> Tensor:
+            host = torch.tensor([0] * len(tensors), dtype=torch.int64, device="cpu")
+            return host.to(self._device, non_blocking=True)
+
+    return Counting
+
+
 @functools.cache
 def guard() -> str | None:
     """Builds and registers the device guard, once for a process; why there is none, where that is so."""
@@ -197,6 +232,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         "current_stream": lambda device=None: current,
         "stream": lambda stream: contextlib.nullcontext(),
         "set_device": lambda device: None,
+        "device": lambda device: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stub)
     monkeypatch.setattr(FakeTensor, "record_stream", lambda self, stream: None, raising=False)
@@ -205,11 +241,15 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setattr(RootJob, "solve", _solved)
     monkeypatch.setattr(subgroups, "check_agreement", lambda *arguments: None)
     watch = Watch()
+    monkeypatch.setattr(boxes, "BoxKernels", _counting(watch))
+    boxes._found.cache_clear()
     try:
         with FakeTensorMode(), watch, _Constructors(watch):
             yield watch
     finally:
-        multi_tensor.kernels_for.cache_clear()  # of a device that is not there
+        # Those of a device that is not there.
+        multi_tensor.kernels_for.cache_clear()
+        boxes._found.cache_clear()
 
 
 @contextlib.contextmanager
