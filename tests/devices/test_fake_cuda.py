@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -117,6 +118,28 @@ def test_a_step_like_another_launches_the_same(watch: Watch, ranks: Any, layout:
         counts.append(watch.launches)
     assert counts[0] == counts[1] == counts[2]
     assert counts[0]["bmm"] > 0
+
+
+@pytest.mark.parametrize("layout", ["whole", "flat", "pieces"])
+def test_launches_do_not_grow_with_the_number_of_pieces(
+    watch: Watch, ranks: Any, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor with that of parameters and blocks, only with that of blocks' shapes."""
+    counts = []
+    for times in (4, 8):
+        monkeypatch.setattr(sys.modules[__name__], "SHAPES", SHAPES[:4] * times)
+        optimizer, held = job(layout, ranks, root_interval=100)
+        step(optimizer, held)
+        for _ in range(2, quiet_steps(optimizer, root_interval=100, root_delay=1, count=1)):
+            step(optimizer, held)
+        watch.restart()
+        step(optimizer, held)
+        counts.append(watch.launches.copy())
+    # Parameters that are stepped as they are become one tensor here, by a copy each.
+    for count in counts:
+        count["clone"] = count["_unsafe_view"] = 0
+    assert counts[0] == counts[1]
+    assert counts[0]["move"] <= 9  # what stays, what is packed and what has come, for two gathers and a scatter
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
