@@ -30,10 +30,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 # Blocks of 24 on dims of 32, 96 and 128: many blocks, remainders, and borders of ranks that run through them. The
 # ridge stands well above the rounding of fp32 statistics; see FP32 in test_parity.py.
-# The paper's own direction, whose length is exchanged too, with fp32 products; a test that wants others names them.
+# The paper's own direction, whose length is exchanged too, with fp32 products and one rate; a test names others.
 SHAMPOO = {
     "lr": 3e-3, "preconditioner": "shampoo", "block_size": 24, "root_interval": 5, "weight_decay": 0.01,
-    "matrix_epsilon": 1e-3, "matmul_precision": "highest",
+    "matrix_epsilon": 1e-3, "matmul_precision": "highest", "embedding_lr_scale": 1.0,
 }  # fmt: skip
 
 

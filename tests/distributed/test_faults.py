@@ -84,7 +84,7 @@ def test_offload_states_and_back_changes_nothing(pools: Pools, straight: Straigh
         assert np.array_equal(trace.end, expected.end)
 
 
-SLEEPING = {"lr": 0.02, "root_interval": 5, "matrix_epsilon": 1e-3}
+SLEEPING = {"lr": 0.01, "root_interval": 5, "matrix_epsilon": 1e-3}
 
 
 @functools.cache
