@@ -77,12 +77,15 @@ def _orthogonalize(x: Tensor, out: Tensor, iterate: _Iteration) -> None:
     count, rows, columns = x.shape
     norms = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float32)
     x.div_(norms.clamp_(min=1e-30).view(-1, 1, 1))
-    other = out if out.dtype == x.dtype else torch.empty_like(x)
-    start, spare = x, other
-    if rows > columns:  # Gram matrices are of the shorter side
-        start, spare = other.view(count, columns, rows), x.view(count, columns, rows)
-        start.copy_(x.mT)
+    start, spare = x, out
+    if rows > columns or out.dtype != x.dtype:
+        # Gram matrices are of the shorter side; and what a narrow iteration ends in is not the memory of `out`.
+        shape = (count, min(rows, columns), max(rows, columns))
+        start, spare = out.view(-1).view(x.dtype)[: x.numel()].view(shape), x.view(shape)
+        start.copy_(x.mT if rows > columns else x)
     found = iterate(start, spare)
+    if found is start and start is not x:
+        found = found.clone()
     if found is not out:
         out.copy_(found.mT if rows > columns else found)
 

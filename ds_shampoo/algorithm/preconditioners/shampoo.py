@@ -168,9 +168,13 @@ class ShampooPreconditioner:
 
 
 def _converted_together(root: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Slots [n, d, d] by as many as their products take at once: all of those that need no converting."""
+    """Slots [n, d, d] by as many as their products take at once: all of those that need no converting.
+
+    Of others one on a CPU, where fresh memory costs more than a call.
+    """
     count = len(root)
-    together = count if root.dtype == dtype else max(1, _CONVERTED_AT_ONCE // root[0].numel())
+    most = _CONVERTED_AT_ONCE if root.device.type != "cpu" else 0
+    together = count if root.dtype == dtype else max(1, most // root[0].numel())
     for first in range(0, count, together):
         yield slice(first, first + together)
 
