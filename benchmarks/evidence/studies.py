@@ -147,7 +147,7 @@ IMAGES = Study(
 
 def _less_precise(contender: Contender, **variants: dict[str, str]) -> tuple[Contender, ...]:
     """A contender at its settings in fp32, and the same with less precision here or there."""
-    fp32 = replace(contender, name="fp32", axes=())
+    fp32 = replace(contender, name="fp32", settings={**contender.settings, "matmul_precision": "highest"}, axes=())
     named = {name.replace("_", " "): settings for name, settings in variants.items()}
     return fp32, *(replace(fp32, name=name, settings={**fp32.settings, **each}) for name, each in named.items())
 
