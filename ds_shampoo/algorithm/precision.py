@@ -32,6 +32,15 @@ if hasattr(os, "register_at_fork"):
 _in_force: ContextVar[MatmulPrecision] = ContextVar("matmul_precision", default="highest")
 
 
+def of_statistics(precision: MatmulPrecision) -> MatmulPrecision:
+    """What a setting comes to for statistics: TF32 at most.
+
+    A gradient that is rounded to b bits of mantissa has noise of 2^(-2b) / 12 in parts of its elements' squares: 8e-8
+    with TF32's ten, well below the usual ridge of 1e-6, but 5e-6 with bfloat16's seven.
+    """
+    return "high" if precision == "medium" else precision
+
+
 def in_force() -> MatmulPrecision:
     """What the innermost `matmul_precision` around this says."""
     return _in_force.get()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_shampoo.algorithm import grafting
 from ds_shampoo.algorithm.blocks import Block
 from ds_shampoo.algorithm.length import rescaled, target_squares
-from ds_shampoo.algorithm.precision import matmul_precision
+from ds_shampoo.algorithm.precision import matmul_precision, of_statistics
 from ds_shampoo.algorithm.preconditioners import PRECONDITIONERS
 from ds_shampoo.config import DTYPES, GroupSettings, settings_by_role
 from ds_shampoo.roots.keeper import RootCounts, RootKeeper
@@ -280,7 +280,7 @@ class ShardedGroup:
         by_stack = self._step_counts([0 if tensor is None else tensor.step for tensor in work.tensors], self.last_step)
         for stack, keeper, stacked, step_counts in zip(self.stacks, self._keepers, gathered, by_stack, strict=True):
             due = [slot for slot, step in enumerate(step_counts) if schedule.statistics_due(step)]
-            with self._stopwatch.phase("statistics"), matmul_precision(work.settings.matmul_precision):
+            with self._stopwatch.phase("statistics"), matmul_precision(of_statistics(work.settings.matmul_precision)):
                 stack.update(stacked, due, work.settings.statistics_beta)
             with self._stopwatch.phase("roots"):
                 keeper.advance(step_counts, work.settings)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ds_shampoo import Shampoo
-from ds_shampoo.algorithm.precision import MatmulPrecision, matmul_precision
+from ds_shampoo.algorithm.precision import MatmulPrecision, in_force, matmul_precision
+from ds_shampoo.algorithm.preconditioners.polar import PolarPreconditioner
 
 by_level = pytest.mark.skipif(
     not hasattr(torch._C, "_get_fp32_precision_getter"), reason="torch before 2.9 has one setting for all"
@@ -203,3 +204,25 @@ def test_iterations_are_in_bf16_under_medium_alone(preconditioner: str) -> None:
     moved = (exact - start).norm()
     assert (exact - high).norm() / moved < 1e-2
     assert 1e-3 < (exact - medium).norm() / moved < 0.05
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("highest", "highest"), ("high", "high"), ("medium", "high")])
+def test_statistics_are_never_rounded_to_bfloat16(
+    setting: MatmulPrecision, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise of bfloat16 would stand above the ridge."""
+    seen: dict[str, set[str]] = {"statistics": set(), "directions": set()}
+    update, apply = PolarPreconditioner.update, PolarPreconditioner.apply
+
+    def updated(self: PolarPreconditioner, *arguments: Any) -> None:
+        seen["statistics"].add(in_force())
+        update(self, *arguments)
+
+    def applied(self: PolarPreconditioner, *arguments: Any) -> torch.Tensor:
+        seen["directions"].add(in_force())
+        return apply(self, *arguments)
+
+    monkeypatch.setattr(PolarPreconditioner, "update", updated)
+    monkeypatch.setattr(PolarPreconditioner, "apply", applied)
+    trained(setting, "polar")
+    assert seen == {"statistics": {expected}, "directions": {setting}}
