@@ -68,6 +68,7 @@ class ShardedGroup:
         partition, blocks, owners = table.partition, table.blocks, table.owners
         self._ordinals = table.owned()
         self._rows = [torch.tensor(ordinals, dtype=torch.int64, device=device) for ordinals in self._ordinals]
+        self._own_rows = torch.tensor(list(itertools.chain(*self._ordinals)), dtype=torch.int64, device=device)
         build = PRECONDITIONERS[settings.preconditioner]
         root_dtype, differences = DTYPES[settings.root_dtype], settings.statistics_of == "differences"
         self.stacks = [
@@ -318,13 +319,13 @@ class ShardedGroup:
     def _shared_norms(self, updates: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         """By ordinal: squared norms of the grafting steps, and above 0 where a block has a direction; None for all."""
         squares = self._norms.squares(updates)
-        own = dict(
-            zip(itertools.chain(*self._ordinals), itertools.chain(*(s.directed for s in self.stacks)), strict=True)
-        )
-        if not self.plan.moves and all(own.values()):
+        own = [has_one for stack in self.stacks for has_one in stack.directed]
+        if not self.plan.moves and all(own):
             return squares, None
-        flags = [float(own.get(ordinal, False)) for ordinal in range(len(self.table.blocks))]
-        directed = torch.tensor(flags, dtype=torch.float32, device="cpu").to(self.device, non_blocking=True)
+        directed = torch.zeros_like(squares)
+        directed[self._own_rows] = torch.tensor(own, dtype=directed.dtype, device="cpu").to(
+            self.device, non_blocking=True
+        )
         if not self.plan.moves:
             return squares, directed
         shared = torch.stack([squares, directed])
